@@ -1,0 +1,3 @@
+"""Ab initio cryo-EM reconstruction by amortized inference."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,407 @@
+"""Particle stacks: from a STAR file and its image stacks to batches of Fourier coefficients."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cryoai.errors import InputError
+from cryoai.formats.mrc import MrcStack, open_stack
+from cryoai.formats.star import ParticleTable, PoseColumns, read_particles, write_particles
+from cryoai.fourier import FourierDisc
+from cryoai.imaging import ImagingModel
+from cryoai.optics import Optics, contrast_transfer_function
+from cryoai.poses import Poses, rotations_from_euler_angles, rotations_to_euler_angles
+
+__all__ = ["ContrastSign", "ParticleBatch", "ParticleStack", "PreparedParticles", "prepare_particles"]
+
+_SMALLEST_BOX = 32
+_OPEN_FILES = 64
+_CHUNK = 256
+# Outside this fraction of half the box an image is taken to show no particle.
+_BACKGROUND_RADIUS = 0.9
+
+
+@dataclass(frozen=True, eq=False)
+class ParticleBatch:
+    """Some particles in Fourier space.
+
+    Attributes
+    ----------
+    indices : (B,) int
+        Rows of the particles in their file, counted from 0.
+    coefficients : (B, p) complex
+        The images on a prefix of the working disc; noise of unit variance has unit power.
+    optics
+        Of these particles at the working box.
+    """
+
+    indices: Tensor
+    coefficients: Tensor
+    optics: Optics
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def to(self, device: torch.device | str) -> ParticleBatch:
+        return ParticleBatch(self.indices.to(device), self.coefficients.to(device), self.optics.to(device))
+
+
+class ParticleStack:
+    """The particles of a STAR file; their images stay on disk until asked for.
+
+    Examples
+    --------
+    >>> particles = ParticleStack.open("particles.star")        # doctest: +SKIP
+    >>> particles.n_particles, particles.n_pixels               # doctest: +SKIP
+    (10000, 64)
+    >>> particles.images(torch.tensor([7, 3])).shape            # doctest: +SKIP
+    torch.Size([2, 64, 64])
+    """
+
+    def __init__(self, table: ParticleTable, stacks: tuple[MrcStack, ...]) -> None:
+        self.table = table
+        self._stacks = stacks
+        self._open: OrderedDict[int, np.memmap] = OrderedDict()
+
+    @classmethod
+    def open(cls, path: str | Path, *, data_dir: str | Path | None = None) -> ParticleStack:
+        """Open a RELION 3.0 or 3.1 STAR file and check that its images can be had.
+
+        Parameters
+        ----------
+        path
+            The STAR file. It needs the columns of the contrast transfer function and the pixel
+            size; poses are not needed.
+        data_dir
+            Folder that the image paths are relative to; without it the folder of the STAR file,
+            its parents and the working folder are tried.
+
+        Raises
+        ------
+        InputError
+            If a file, column or value is missing or wrong, with the row and the fix.
+        """
+        table = read_particles(Path(path))
+        roots = _image_roots(Path(path), None if data_dir is None else Path(data_dir))
+        stacks = tuple(open_stack(_find_stack(name, roots, table.path)) for name in table.images.names)
+        _check_stacks(table, stacks)
+        return cls(table, stacks)
+
+    @property
+    def n_particles(self) -> int:
+        return len(self.table)
+
+    @property
+    def n_pixels(self) -> int:
+        """Side of the images in pixels."""
+        return self._stacks[0].n_rows
+
+    @property
+    def pixel_size_in_angstroms(self) -> float:
+        """The most common pixel size, which is that of the maps made from the stack."""
+        values, counts = np.unique(self.table.pixel_size_in_angstroms, return_counts=True)
+        return float(values[counts.argmax()])
+
+    @property
+    def optics(self) -> Optics:
+        """Optical parameters (N,) of all particles at the box of the images."""
+        table = self.table
+        columns = (
+            table.pixel_size_in_angstroms,
+            table.voltage_in_kilovolts,
+            table.spherical_aberration_in_mm,
+            table.amplitude_contrast,
+            table.defocus_u_in_angstroms,
+            table.defocus_v_in_angstroms,
+            table.defocus_angle_in_degrees,
+            table.phase_shift_in_degrees,
+            table.b_factor_in_square_angstroms,
+        )
+        return Optics(*(torch.from_numpy(column).float() for column in columns))
+
+    @property
+    def poses(self) -> Poses | None:
+        """Poses in the file, if it has any."""
+        columns = self.table.poses
+        if columns is None:
+            return None
+        rotations = rotations_from_euler_angles(torch.from_numpy(columns.angles_in_degrees))
+        return Poses(rotations.float(), torch.from_numpy(columns.origins_in_angstroms).float())
+
+    def images(self, indices: Tensor) -> Tensor:
+        """Images (B, n, n) as they are in the file, in the order of ``indices`` (B,).
+
+        Raises
+        ------
+        InputError
+            If an image holds a value that is not finite.
+        """
+        references = self.table.images
+        wanted = indices.cpu().numpy()
+        result = np.empty((len(wanted), self.n_pixels, self.n_pixels), dtype=np.float32)
+        stack_of = references.stack[wanted]
+        for stack in np.unique(stack_of):
+            here = np.flatnonzero(stack_of == stack)
+            result[here] = self._map(int(stack))[references.index[wanted[here]]]
+        finite = np.isfinite(result).all(axis=(1, 2))
+        if not finite.all():
+            raise InputError(f"{self._name_image(wanted[~finite][0])} has values that are not finite; remove the row")
+        return torch.from_numpy(result)
+
+    def write(self, path: Path, poses: Poses, extra: dict[str, NDArray[np.generic]]) -> None:
+        """Write the input again with these poses and extra columns, every row in its place."""
+        columns = PoseColumns(
+            rotations_to_euler_angles(poses.rotations).numpy(), poses.shifts_in_angstroms.double().numpy()
+        )
+        write_particles(path, self.table, columns, extra)
+
+    def _map(self, stack: int) -> np.memmap:
+        """Memory map of a stack, keeping the most recent ones open."""
+        if stack not in self._open:
+            while len(self._open) >= _OPEN_FILES:
+                self._open.popitem(last=False)
+            self._open[stack] = self._stacks[stack].map_images()
+        self._open.move_to_end(stack)
+        return self._open[stack]
+
+    def _name_image(self, row: int) -> str:
+        references = self.table.images
+        stack = self._stacks[references.stack[row]].path
+        return f"{self.table.path}: the image of row {row + 1}, {references.index[row] + 1}@{stack},"
+
+
+def _image_roots(star: Path, data_dir: Path | None) -> list[Path]:
+    if data_dir is not None:
+        if not data_dir.is_dir():
+            raise InputError(f"--data-dir {data_dir}: no such folder; give the folder the image paths start from")
+        return [data_dir]
+    # RELION paths start at the project's root, which is some folder above the STAR file.
+    folder = star.resolve().parent
+    return [folder, *folder.parents, Path.cwd()]
+
+
+def _find_stack(name: str, roots: list[Path], star: Path) -> Path:
+    candidates = [root / name for root in roots] + [roots[0] / Path(name).name]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise InputError(
+        f"{star}: image stack {name} not found; tried {candidates[0]}, {candidates[-1]} and the folders above: "
+        "give the folder it is relative to with --data-dir"
+    )
+
+
+def _check_stacks(table: ParticleTable, stacks: tuple[MrcStack, ...]) -> None:
+    box = stacks[0].n_rows
+    for stack in stacks:
+        if stack.n_rows != stack.n_columns:
+            raise InputError(f"{stack.path}: images of {stack.n_columns} x {stack.n_rows} pixels; crop them square")
+        if stack.n_rows != box:
+            raise InputError(
+                f"{stack.path}: box of {stack.n_rows} pixels, but {stacks[0].path} has {box}; "
+                "one box size is needed: rescale one of them"
+            )
+    if box % 2:
+        raise InputError(f"{stacks[0].path}: odd box of {box} pixels; an even box is needed: crop or pad by a pixel")
+    if box < _SMALLEST_BOX:
+        raise InputError(
+            f"{stacks[0].path}: box of {box} pixels; at least {_SMALLEST_BOX} are needed: extract with a larger box"
+        )
+    counts = np.array([stack.n_images for stack in stacks])
+    beyond = np.flatnonzero(table.images.index >= counts[table.images.stack])
+    if len(beyond):
+        row = beyond[0]
+        stack = stacks[table.images.stack[row]]
+        raise InputError(
+            f"{table.path}: particle row {row + 1} wants image {table.images.index[row] + 1} of {stack.path}, "
+            f"which has {stack.n_images}; the two files do not belong together"
+        )
+
+
+# ------------------------------------------------------------------------------ working box
+
+
+@dataclass(frozen=True)
+class ContrastSign:
+    """Whether protein is bright (+1) or dark (-1) in the images, and how sure the data are.
+
+    ``z_score`` is the mean correlation of the images with a blob seen through their CTF, in
+    standard errors; it is positive where protein is bright.
+    """
+
+    sign: int
+    z_score: float
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedParticles:
+    """Normalised particles at the working box: a file of coefficients, sorted by radius.
+
+    A band-limited batch reads the beginning of each row only. Memory does not grow with the number
+    of particles, beyond their optics.
+    """
+
+    path: Path
+    disc: FourierDisc
+    optics: Optics
+    pixel_size_in_angstroms: float
+    contrast: ContrastSign
+    n_stored: int
+
+    @property
+    def n_particles(self) -> int:
+        return len(self.optics)
+
+    @property
+    def n_pixels(self) -> int:
+        """The working box."""
+        return self.disc.n_pixels
+
+    def cropped(self, n_pixels: int) -> PreparedParticles:
+        """The same particles Fourier-cropped to a smaller box, which costs nothing."""
+        return replace(
+            self,
+            disc=FourierDisc.of_box(n_pixels, device=self.disc.device),
+            optics=self.optics.at_box(self.n_pixels, n_pixels),
+            pixel_size_in_angstroms=self.pixel_size_in_angstroms * self.n_pixels / n_pixels,
+        )
+
+    def imaging(self, max_radius: int) -> ImagingModel:
+        """The imaging model of these particles up to a band limit."""
+        return ImagingModel(self.disc, self.pixel_size_in_angstroms, min(max_radius, self.disc.max_radius))
+
+    def batch(self, indices: Tensor, max_radius: int | None = None) -> ParticleBatch:
+        """The particles of rows ``indices`` (B,), in that order, up to a band limit."""
+        shape = (self.n_particles, self.n_stored, 2)
+        rows = np.memmap(self.path, dtype=np.float16, mode="r", shape=shape)
+        values = rows[indices.cpu().numpy(), : self.disc.n_coefficients(max_radius)]
+        coefficients = torch.view_as_complex(torch.from_numpy(values).float())
+        device = self.disc.device
+        return ParticleBatch(indices.to(device), coefficients.to(device), self.optics[indices.cpu()].to(device))
+
+    def batches(self, indices: Tensor, batch_size: int, max_radius: int | None = None) -> Iterator[ParticleBatch]:
+        """Consecutive batches of the rows ``indices`` (B,)."""
+        for part in indices.split(batch_size):
+            yield self.batch(part, max_radius)
+
+
+def prepare_particles(
+    stack: ParticleStack,
+    n_pixels: int,
+    path: Path,
+    *,
+    sign: int | None = None,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], object] = lambda _n_done: None,
+) -> PreparedParticles:
+    """Normalise, Fourier-crop and store all particles, in chunks and in one pass.
+
+    Every image has the mean of its background subtracted and is divided by the standard deviation
+    of its background, the area outside 0.9 of the inscribed circle. Images whose pixel size differs
+    from the most common one are first cropped or padded to the same physical extent.
+
+    Parameters
+    ----------
+    n_pixels
+        The working box, at most that of the images.
+    path
+        File to write: half-precision coefficients, 4 bytes each.
+    sign
+        +1 where protein is bright, -1 where it is dark, None to decide it from the data.
+    progress
+        Called with the number of particles done.
+
+    Raises
+    ------
+    InputError
+        If an image is not finite or constant.
+    """
+    disc = FourierDisc.of_box(n_pixels, device=device)
+    optics, extents = _common_extent(stack, n_pixels)
+    shape = (stack.n_particles, disc.n_coefficients(), 2)
+    rows = np.memmap(path, dtype=np.float16, mode="w+", shape=shape)
+    blob_correlations = []
+    for indices in torch.arange(stack.n_particles).split(_CHUNK):
+        coefficients = _normalised_coefficients(stack, indices, extents, disc)
+        blob_correlations.append(_correlate_with_blob(coefficients, optics[indices].to(device), disc))
+        limit = float(np.finfo(np.float16).max)
+        halves = torch.view_as_real(coefficients).clamp(-limit, limit).half()
+        rows[indices[0] : indices[-1] + 1] = halves.cpu().numpy()
+        progress(int(indices[-1]) + 1)
+    contrast = _decide_sign(torch.cat(blob_correlations), sign)
+    if contrast.sign < 0:
+        for start in range(0, len(rows), _CHUNK):
+            rows[start : start + _CHUNK] *= -1
+    rows.flush()
+    pixel_size = stack.pixel_size_in_angstroms * stack.n_pixels / n_pixels
+    return PreparedParticles(path, disc, optics, pixel_size, contrast, disc.n_coefficients())
+
+
+def _common_extent(stack: ParticleStack, n_pixels: int) -> tuple[Optics, Tensor]:
+    """Optics at the working box, and the box (N,) that gives each particle the common extent."""
+    optics = stack.optics
+    extent = stack.pixel_size_in_angstroms * stack.n_pixels
+    # Even boxes, like the images, so that the centre n // 2 stays where it is.
+    boxes = 2 * (extent / optics.pixel_size_in_angstroms / 2).round().long()
+    unchanged = (boxes - stack.n_pixels).abs() < 2
+    boxes = torch.where(unchanged, stack.n_pixels, boxes)
+    if int(boxes.min()) < n_pixels:
+        row = int(boxes.argmin())
+        raise InputError(
+            f"{stack.table.path}: particle row {row + 1} has pixels of {optics.pixel_size_in_angstroms[row]:g} Å, "
+            f"too coarse for a working box of {n_pixels} pixels; choose --box {int(boxes.min())} or smaller"
+        )
+    return optics.at_box(boxes, n_pixels), boxes
+
+
+def _normalised_coefficients(stack: ParticleStack, indices: Tensor, boxes: Tensor, disc: FourierDisc) -> Tensor:
+    images = stack.images(indices).to(disc.device)
+    n = stack.n_pixels
+    offset = torch.arange(n, device=disc.device) - n // 2
+    background = offset[:, None] ** 2 + offset**2 > (_BACKGROUND_RADIUS * n / 2) ** 2
+    outside = images[:, background]
+    deviation, mean = torch.std_mean(outside, dim=1)
+    if bool((deviation <= 0).any()):
+        row = int(indices[int((deviation <= 0).nonzero()[0])])
+        raise InputError(f"{stack._name_image(row)} is constant; remove the row")
+    images = (images - mean[:, None, None]) / deviation[:, None, None]
+    result = torch.empty((len(indices), disc.n_coefficients()), dtype=torch.complex64, device=disc.device)
+    for box in boxes[indices].unique().tolist():
+        members = (boxes[indices] == box).nonzero().flatten().to(disc.device)
+        result[members] = disc.from_images(_window(images[members], box))
+    return result
+
+
+def _window(images: Tensor, n_pixels: int) -> Tensor:
+    """Crop or zero-pad images (B, n, n) about their centre."""
+    before = n_pixels // 2 - images.shape[-1] // 2
+    after = n_pixels - images.shape[-1] - before
+    return torch.nn.functional.pad(images, (before, after, before, after))
+
+
+def _correlate_with_blob(coefficients: Tensor, optics: Optics, disc: FourierDisc) -> Tensor:
+    """Correlation (B,) of each image with a centred ball seen through its CTF."""
+    radius = 8  # the shells in which a ball of half the box differs from noise
+    p = disc.n_coefficients(radius)
+    ctf = contrast_transfer_function(optics, disc, radius)
+    # Gaussian of standard deviation n / 10, about the size of a particle in its box
+    blob = torch.exp(-2 * (math.pi * disc.radii[:p] / 10) ** 2)
+    power = (coefficients[:, :p].abs() ** 2).mean(0)
+    return (coefficients[:, :p].real * ctf * blob / power).sum(1)
+
+
+def _decide_sign(correlations: Tensor, sign: int | None) -> ContrastSign:
+    deviation, mean = torch.std_mean(correlations)
+    z_score = float(mean / (deviation / math.sqrt(len(correlations))).clamp_min(1e-12))
+    if sign is None:
+        sign = -1 if z_score < 0 else 1
+    return ContrastSign(sign, z_score)
