@@ -130,14 +130,14 @@ def align_maps(moving: Tensor, reference: Tensor, *, max_radius: int, try_mirror
 
     Maximises the correlation of the transforms in shells 1 to ``max_radius``: exhaustively at low
     resolution over about 4,600 rotations (and hands), all shifts at once by a Fourier transform;
-    then by gradient from the ten best.
+    then by gradient from the five best of each hand.
     """
     coarse_radius = min(max_radius, 8)
     starts: list[tuple[float, FrameChange]] = []
     for mirrored in (False, True) if try_mirror else (False,):
-        starts += _coarse_alignments(moving, reference, coarse_radius, mirrored)
-    starts.sort(key=lambda start: -start[0])
-    refined = [_refine_alignment(moving, reference, max_radius, change) for _, change in starts[:10]]
+        # Of each hand its own: at low resolution the wrong hand can fit almost as well as the right one.
+        starts += _coarse_alignments(moving, reference, coarse_radius, mirrored)[:5]
+    refined = [_refine_alignment(moving, reference, max_radius, change) for _, change in starts]
     return max(refined, key=lambda result: result[0])[1]
 
 

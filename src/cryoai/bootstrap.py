@@ -164,7 +164,8 @@ class StochasticSearch:
         return NoiseSpectrum.of_residuals(batch.coefficients, imaging)
 
     def _draw_batch(self, imaging: ImagingModel) -> ParticleBatch:
-        choice = torch.randint(len(self.subset), (self.schedule.batch_size,), generator=self.generator)
+        size = min(self.schedule.batch_size, len(self.subset))
+        choice = torch.randint(len(self.subset), (size,), generator=self.generator)
         return self.particles.batch(self.subset[choice].sort().values, imaging.max_radius)
 
     def _random_poses(self, batch: ParticleBatch) -> Poses:
@@ -197,9 +198,9 @@ def tempered_weights(candidates: Candidates, spread: float) -> Tensor:
     """
     scores = candidates.log_likelihoods - candidates.log_likelihoods[:, :1]
     # Bisection for log b; the effective number falls as b grows.
-    low = torch.full_like(scores[:, :1], -8.0)
+    low = torch.full_like(scores[:, :1], -20.0)
     high = torch.zeros_like(low)
-    for _ in range(14):
+    for _ in range(16):
         middle = (low + high) / 2
         effective = 1 / torch.softmax(middle.exp() * scores, dim=1).square().sum(1, keepdim=True)
         low, high = torch.where(effective > spread, middle, low), torch.where(effective > spread, high, middle)

@@ -340,7 +340,7 @@ class HalfLattice:
     n_pixels
         Box of the map whose transform the grid samples.
     max_radius
-        Band limit in Fourier pixels. Reads beyond it give zero, writes are dropped.
+        Band limit in Fourier pixels. The grid holds one more; reads outside it give zero, writes are dropped.
     oversampling
         Grid points per Fourier pixel, which is the factor of zero padding of the map.
     """
@@ -394,7 +394,12 @@ class HalfLattice:
         x, y, z = steps * torch.where(mirrored, -1.0, 1.0)
         inside = torch.maximum(torch.maximum(x, y.abs()), z.abs()) < m  # beyond it all weights are 0
         x, y, z = (torch.where(inside, t, 0.0) for t in (x, y + m, z + m))
-        x0, y0, z0 = x.detach().floor(), y.detach().floor(), z.detach().floor()
+        # Just inside the edge the addition of m can round up to the edge itself.
+        x0, y0, z0 = (
+            x.detach().floor(),
+            y.detach().floor().clamp(max=2 * m - 1),
+            z.detach().floor().clamp(max=2 * m - 1),
+        )
         first = (z0.int() * ny + y0.int()) * nx + x0.int()
         fx, fy, fz = x - x0, y - y0, z - z0
         upper = torch.where(inside, fz, 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from cryoai.imaging import ImagingModel
 from cryoai.optics import Optics, contrast_transfer_function
 from cryoai.poses import Poses, rotations_from_euler_angles, rotations_to_euler_angles
 
-__all__ = ["ContrastSign", "ParticleBatch", "ParticleStack", "PreparedParticles", "prepare_particles"]
+__all__ = ["ContrastSign", "ParticleBatch", "ParticleStack", "PreparedParticles", "prepare_particles", "read_poses"]
 
 _SMALLEST_BOX = 32
 _OPEN_FILES = 64
@@ -131,11 +131,7 @@ class ParticleStack:
     @property
     def poses(self) -> Poses | None:
         """Poses in the file, if it has any."""
-        columns = self.table.poses
-        if columns is None:
-            return None
-        rotations = rotations_from_euler_angles(torch.from_numpy(columns.angles_in_degrees))
-        return Poses(rotations.float(), torch.from_numpy(columns.origins_in_angstroms).float())
+        return _poses_of(self.table)
 
     def images(self, indices: Tensor) -> Tensor:
         """Images (B, n, n) as they are in the file, in the order of ``indices`` (B,).
@@ -157,7 +153,7 @@ class ParticleStack:
             raise InputError(f"{self._name_image(wanted[~finite][0])} has values that are not finite; remove the row")
         return torch.from_numpy(result)
 
-    def write(self, path: Path, poses: Poses, extra: dict[str, NDArray[np.generic]]) -> None:
+    def write(self, path: Path, poses: Poses, extra: Mapping[str, NDArray[np.generic]]) -> None:
         """Write the input again with these poses and extra columns, every row in its place."""
         columns = PoseColumns(
             rotations_to_euler_angles(poses.rotations).numpy(), poses.shifts_in_angstroms.double().numpy()
@@ -225,6 +221,27 @@ def _check_stacks(table: ParticleTable, stacks: tuple[MrcStack, ...]) -> None:
             f"{table.path}: particle row {row + 1} wants image {table.images.index[row] + 1} of {stack.path}, "
             f"which has {stack.n_images}; the two files do not belong together"
         )
+
+
+def read_poses(path: Path) -> Poses:
+    """The poses (N,) in a STAR file, whose images need not be there.
+
+    Raises
+    ------
+    InputError
+        If the file is no particle STAR file or has no poses.
+    """
+    poses = _poses_of(read_particles(path))
+    if poses is None:
+        raise InputError(f"{path}: no poses (rlnAngleRot, rlnAngleTilt, rlnAnglePsi); give a file that has them")
+    return poses
+
+
+def _poses_of(table: ParticleTable) -> Poses | None:
+    if table.poses is None:
+        return None
+    rotations = rotations_from_euler_angles(torch.from_numpy(table.poses.angles_in_degrees))
+    return Poses(rotations.float(), torch.from_numpy(table.poses.origins_in_angstroms).float())
 
 
 # ------------------------------------------------------------------------------ working box

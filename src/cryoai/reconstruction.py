@@ -5,21 +5,32 @@ The maximum-a-posteriori map under Gaussian noise and a Gaussian prior is, at ev
 pass there: ``y_i`` their coefficients moved back to the centre, ``c_i`` their CTF, ``w_i`` weights,
 ``s^2`` the variance of the noise and ``t^2`` that of the signal (Scheres, J. Mol. Biol. 2012).
 Bootstrap and Refinement share the sums.
+
+Two halves of the particles, never mixed from Refinement on, make two half maps, and their Fourier
+shell correlation says how much of each shell is signal.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cryoai.fourier import HalfLattice, invert_transform, shell_mean, trilinear_falloff
+from cryoai.fourier import (
+    HalfLattice,
+    fourier_shell_correlation,
+    invert_transform,
+    shell_mean,
+    soft_sphere,
+    trilinear_falloff,
+)
 from cryoai.imaging import ImagingModel
 from cryoai.particles import ParticleBatch
 from cryoai.poses import Poses
 
-__all__ = ["ReconstructionSums"]
+__all__ = ["HalfMaps", "HalfSets", "ReconstructionSums", "particle_mask"]
 
 # Below this fraction of its shell's mean, a lattice point is too poorly seen to be divided by its
 # own weight: RELION's limit for the same purpose.
@@ -94,3 +105,82 @@ class ReconstructionSums:
         n = self.lattice.n_pixels
         density = invert_transform(self.lattice.fill_in(values), n)
         return density / trilinear_falloff(n, self.lattice.oversampling, device=density.device)
+
+
+@dataclass(frozen=True, eq=False)
+class HalfMaps:
+    """What two independent halves of the particles say.
+
+    Attributes
+    ----------
+    first, second : (n, n, n)
+        Unfiltered half maps.
+    fsc : (n // 2 + 1,)
+        Fourier shell correlation between them within ``mask``.
+    n_resolved_shells
+        Last shell before the correlation falls below 0.143 for the first time (Rosenthal &
+        Henderson 2003).
+    """
+
+    first: Tensor
+    second: Tensor
+    mask: Tensor
+    fsc: Tensor
+    n_resolved_shells: int
+
+    def resolution_in_angstroms(self, pixel_size_in_angstroms: float) -> float:
+        """Period of the last resolved shell; infinite if no shell is resolved."""
+        extent = self.first.shape[-1] * pixel_size_in_angstroms
+        return extent / self.n_resolved_shells if self.n_resolved_shells else math.inf
+
+
+@dataclass(frozen=True, eq=False)
+class HalfSets:
+    """The sums of two independent halves of the particles, out to the Nyquist frequency."""
+
+    sums: tuple[ReconstructionSums, ReconstructionSums]
+
+    @classmethod
+    def empty(cls, n_pixels: int, *, device: torch.device | str = "cpu") -> HalfSets:
+        radius = n_pixels // 2
+        first, second = (ReconstructionSums.empty(n_pixels, radius, device=device) for _ in range(2))
+        return cls((first, second))
+
+    def half_maps(self) -> HalfMaps:
+        """Solve both halves without a prior and compare them inside a soft sphere."""
+        n = self.sums[0].lattice.n_pixels
+        no_prior = torch.zeros(n // 2 + 1, device=self.sums[0].sums.device)
+        first, second = (sums.solve(no_prior) for sums in self.sums)
+        mask = particle_mask(n, device=first.device)
+        fsc = fourier_shell_correlation(first * mask, second * mask).float()
+        below = (fsc[1:] < 0.143).nonzero().flatten()
+        resolved = int(below[0]) if len(below) else n // 2
+        return HalfMaps(first, second, mask, fsc, resolved)
+
+    def references(self, half_maps: HalfMaps, max_radius: int) -> tuple[Tensor, Tensor]:
+        """Each half's own map (n, n, n), every shell weighted by what the FSC says of its signal."""
+        prior = [_prior_of(sums, half_maps.fsc, half_maps.n_resolved_shells) for sums in self.sums]
+        first, second = (
+            sums.solve(p, max_radius=max_radius) * half_maps.mask for sums, p in zip(self.sums, prior, strict=True)
+        )
+        return first, second
+
+    def combined(self, half_maps: HalfMaps) -> Tensor:
+        """The map (n, n, n) of all particles, weighted by its FSC and cut where the halves part."""
+        both = self.sums[0] + self.sums[1]
+        # The FSC of the whole with a perfect map follows from that of the halves.
+        whole = 2 * half_maps.fsc / (1 + half_maps.fsc)
+        prior = _prior_of(both, whole, half_maps.n_resolved_shells)
+        return both.solve(prior, max_radius=max(1, half_maps.n_resolved_shells))
+
+
+def particle_mask(n_pixels: int, *, device: torch.device | str = "cpu") -> Tensor:
+    """Soft sphere (n, n, n) that holds any particle centred in its box."""
+    return soft_sphere(n_pixels, 0.42 * n_pixels, 0.08 * n_pixels, device=device)
+
+
+def _prior_of(sums: ReconstructionSums, fsc: Tensor, n_resolved_shells: int) -> Tensor:
+    """Prior precision (n_shells,) for which the Wiener filter of a shell is its FSC."""
+    fsc = fsc.clamp(1e-3, 0.999).clone()
+    fsc[n_resolved_shells + 2 :] = 1e-3
+    return sums.mean_weight() * (1 - fsc) / fsc

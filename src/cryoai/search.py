@@ -18,20 +18,12 @@ import torch
 from torch import Tensor
 
 from cryoai.fourier import translation_phases
+from cryoai.hardware import matrix_dtype
 from cryoai.imaging import ImagingModel, Volume, slice_points
 from cryoai.particles import ParticleBatch
 from cryoai.poses import Poses, half_turn, rotation_grid
 
-__all__ = ["Candidates", "Templates", "TrialPoses", "matrix_dtype", "search_poses", "shift_grid"]
-
-
-def matrix_dtype(device: torch.device) -> torch.dtype:
-    """The type in which ``device`` multiplies matrices fastest: bfloat16 where it has the hardware."""
-    if device.type == "cuda":
-        return torch.bfloat16
-    capabilities = torch.cpu.get_capabilities()
-    fast = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
-    return torch.bfloat16 if fast else torch.float32
+__all__ = ["Candidates", "Templates", "TrialPoses", "search_poses", "shift_grid"]
 
 
 def shift_grid(step_in_angstroms: float, n_steps: int, *, device: torch.device | str = "cpu") -> Tensor:

@@ -102,9 +102,9 @@ def resample_map(source: MrcMap, n_pixels: int, pixel_size_in_angstroms: float) 
     inside = 4 * indices.square().sum(-1) < n_pixels**2
     spectrum = torch.zeros(inside.shape, dtype=torch.complex64)
     spectrum[inside] = exact_transform(source, indices[inside] / (n_pixels * pixel_size_in_angstroms))
-    # voxels of the source per voxel of the result, so that the density keeps its scale
+    # invert_transform expects 1/n of the sum; and the sum holds more voxels of the source than of the result
     volume_ratio = (pixel_size_in_angstroms / source.pixel_size_in_angstroms) ** 3
-    density = invert_transform(spectrum, n_pixels) / volume_ratio
+    density = invert_transform(spectrum / n_pixels, n_pixels) / volume_ratio
     return MrcMap(density.numpy(), pixel_size_in_angstroms)
 
 

@@ -50,7 +50,7 @@ class SampledVolume:
         return cls(lattice, torch.stack(columns, dim=-1))
 
     def __call__(self, frequencies: Tensor) -> Tensor:
-        """Values (...) at frequencies (..., 3); zero beyond the band limit."""
+        """Values (...) at frequencies (..., 3); zero outside the lattice, a shell beyond the band limit."""
         return self.lattice.read(self.values[:, :1], frequencies)[..., 0]
 
     def with_gradient(self, frequencies: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,6 +64,8 @@ class AbstractVolume(nn.Module, ABC):
     """A learned volume. Its transform is Hermitian: ``V(-k) = conj V(k)``."""
 
     n_pixels: int
+    sampling_oversampling: int
+    """Lattice points per Fourier pixel when slices are interpolated."""
 
     @abstractmethod
     def forward(self, frequencies: Tensor) -> Tensor:
@@ -82,7 +84,9 @@ class AbstractVolume(nn.Module, ABC):
         inside = lattice.radii(device=device) < max_radius + 0.5
         values = torch.zeros(len(points), dtype=torch.complex64, device=device)
         values[inside] = self(points[inside])
-        return invert_transform(lattice.fill_in(values), self.n_pixels)
+        density = invert_transform(lattice.fill_in(values), self.n_pixels)
+        # What is trained is what interpolation makes of the lattice.
+        return density * trilinear_falloff(self.n_pixels, self.sampling_oversampling, device=device)
 
 
 class FourierNetVolume(AbstractVolume):
@@ -98,16 +102,19 @@ class FourierNetVolume(AbstractVolume):
         Box of the map.
     width
         Units of a hidden layer; 256 as published, which makes 332,036 parameters.
+    scale
+        Fixed factor of the output, so that the networks work on numbers of order one.
     sampling_oversampling
         Lattice points per Fourier pixel when slices are interpolated.
     """
 
-    def __init__(self, n_pixels: int, *, width: int = 256, sampling_oversampling: int = 2) -> None:
+    def __init__(self, n_pixels: int, *, width: int = 256, scale: float = 1.0, sampling_oversampling: int = 2) -> None:
         super().__init__()
         self.n_pixels = n_pixels
+        self.scale = scale
         self.sampling_oversampling = sampling_oversampling
-        self.modulant = _siren(width, n_hidden=3, frequency=40.0)
-        self.envelope = _siren(width, n_hidden=2, frequency=30.0)
+        self.modulant = _Siren(width, n_hidden=3, frequency=40.0)
+        self.envelope = _Siren(width, n_hidden=2, frequency=30.0)
 
     def forward(self, frequencies: Tensor) -> Tensor:
         # The published coordinates run from -1 to 1 between the Nyquist frequencies.
@@ -115,8 +122,8 @@ class FourierNetVolume(AbstractVolume):
         x, y, z = k.unbind(-1)
         mirrored = (x < 0) | ((x == 0) & ((y < 0) | ((y == 0) & (z < 0))))
         k = torch.where(mirrored[..., None], -k, k)
-        value = torch.exp(self.envelope(k)) * self.modulant(k)
-        real, imaginary = value.float().unbind(-1)
+        value = self.scale * torch.exp(self.envelope(k)) * self.modulant(k)
+        real, imaginary = value.unbind(-1)
         at_origin = (k == 0).all(-1)
         sign = torch.where(mirrored, -1.0, 1.0) * torch.where(at_origin, 0.0, 1.0)
         return torch.complex(real, imaginary * sign)
@@ -135,9 +142,10 @@ class FourierNetVolume(AbstractVolume):
 class VoxelVolume(AbstractVolume):
     """The explicit alternative: a grid of densities, one parameter a voxel."""
 
-    def __init__(self, density: Tensor) -> None:
+    def __init__(self, density: Tensor, *, sampling_oversampling: int = 2) -> None:
         super().__init__()
         self.n_pixels = density.shape[-1]
+        self.sampling_oversampling = sampling_oversampling
         self.density = nn.Parameter(density.clone())
 
     def forward(self, frequencies: Tensor) -> Tensor:
@@ -145,7 +153,7 @@ class VoxelVolume(AbstractVolume):
         return self.sampled(min(radius, self.n_pixels // 2))(frequencies)
 
     def sampled(self, max_radius: int) -> SampledVolume:
-        return SampledVolume.from_map(self.density, max_radius)
+        return SampledVolume.from_map(self.density, max_radius, oversampling=self.sampling_oversampling)
 
 
 class _Sine(nn.Module):
@@ -157,15 +165,27 @@ class _Sine(nn.Module):
         return torch.sin(self.frequency * x)
 
 
-def _siren(width: int, *, n_hidden: int, frequency: float) -> nn.Sequential:
+class _Siren(nn.Module):
     """Sinusoidal network 3 -> 2 with the initialisation of Sitzmann et al. (2020)."""
-    layers: list[nn.Module] = []
-    for n_inputs in [3] + [width] * n_hidden:
-        linear = nn.Linear(n_inputs, width)
-        bound = 1 / 3 if n_inputs == 3 else math.sqrt(6 / width) / frequency
-        nn.init.uniform_(linear.weight, -bound, bound)
-        layers += [linear, _Sine(frequency)]
-    output = nn.Linear(width, 2)
-    bound = math.sqrt(6 / width) / frequency
-    nn.init.uniform_(output.weight, -bound, bound)
-    return nn.Sequential(*layers, output)
+
+    def __init__(self, width: int, *, n_hidden: int, frequency: float) -> None:
+        super().__init__()
+        bound = math.sqrt(6 / width) / frequency
+        self.input = _uniform_linear(3, width, 1 / 3)
+        hidden = [[_uniform_linear(width, width, bound), _Sine(frequency)] for _ in range(n_hidden)]
+        self.hidden = nn.Sequential(_Sine(frequency), *(layer for pair in hidden for layer in pair))
+        self.output = _uniform_linear(width, 2, bound)
+
+    def forward(self, k: Tensor) -> Tensor:
+        # Phases of many radians and exponents do not bear the rounding of an autocast layer.
+        with torch.autocast(k.device.type, enabled=False):
+            phases = self.input(k)
+        features = self.hidden(phases)
+        with torch.autocast(k.device.type, enabled=False):
+            return self.output(features.float() if k.dtype == torch.float32 else features)
+
+
+def _uniform_linear(n_inputs: int, n_outputs: int, bound: float) -> nn.Linear:
+    linear = nn.Linear(n_inputs, n_outputs)
+    nn.init.uniform_(linear.weight, -bound, bound)
+    return linear

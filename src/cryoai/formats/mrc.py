@@ -72,6 +72,7 @@ def open_stack(path: Path) -> MrcStack:
 
 def _read_header(path: Path) -> tuple[np.recarray, np.dtype[np.generic]]:
     try:
+        _check_start(path)
         with warnings.catch_warnings():
             # Permissive mode warns of harmless oddities, such as a wrong machine stamp.
             warnings.simplefilter("ignore", RuntimeWarning)
@@ -86,6 +87,18 @@ def _read_header(path: Path) -> tuple[np.recarray, np.dtype[np.generic]]:
     if np.issubdtype(dtype, np.complexfloating):
         raise InputError(f"{path}: holds complex values (MRC mode {int(header.mode)}); real-space images are needed")
     return header, dtype
+
+
+def _check_start(path: Path) -> None:
+    """Refuse what mrcfile would unpack, or reserve memory for, before it finds fault with it."""
+    with path.open("rb") as file:
+        start = file.read(_HEADER_BYTES)
+    if start.startswith((b"\x1f\x8b", b"BZh")):
+        raise ValueError("it is compressed: decompress it")
+    # In the byte order of the file; the other makes a small number large.
+    extended_header = min(int.from_bytes(start[92:96], "little"), int.from_bytes(start[92:96], "big"))
+    if extended_header > path.stat().st_size:
+        raise ValueError("its header announces more than the file holds")
 
 
 def read_map(path: Path) -> MrcMap:

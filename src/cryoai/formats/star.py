@@ -6,6 +6,7 @@ written back differs from what was read in nothing but the columns that changed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def read_particles(path: Path) -> ParticleTable:
 
 
 def write_particles(
-    path: Path, table: ParticleTable, poses: PoseColumns, extra: dict[str, NDArray[np.generic]]
+    path: Path, table: ParticleTable, poses: PoseColumns, extra: Mapping[str, NDArray[np.generic]]
 ) -> None:
     """Write the table again with these poses and extra columns; all else stays as it was read.
 
@@ -116,7 +117,7 @@ def write_particles(
             updates[f"rlnOrigin{axis}Angst"] = origin
         if "optics" not in table.blocks or f"rlnOrigin{axis}" in particles:
             updates[f"rlnOrigin{axis}"] = in_pixels
-    for column, values in (updates | extra).items():
+    for column, values in {**updates, **extra}.items():
         number = "{:.6f}" if np.issubdtype(values.dtype, np.floating) else "{}"
         particles[column] = [number.format(v) for v in values.tolist()]
     write_blocks(path, {**table.blocks, table.particle_block: particles})
@@ -125,7 +126,8 @@ def write_particles(
 def write_blocks(path: Path, blocks: dict[str, pd.DataFrame]) -> None:
     """Write data blocks, replacing the file at once and only when all is written."""
     with atomic_path(path) as temporary:
-        starfile.write(blocks, temporary)
+        # starfile reads the text nan as a missing value; RELION reads its <NA> as no number at all.
+        starfile.write(blocks, temporary, na_rep="nan")
 
 
 def _read_blocks(path: Path) -> dict[str, pd.DataFrame]:
@@ -133,11 +135,19 @@ def _read_blocks(path: Path) -> dict[str, pd.DataFrame]:
         raise InputError(f"{path}: no such file; give a RELION particle STAR file")
     try:
         with path.open(encoding="utf-8") as file:
-            columns = sorted({line.split()[0][1:] for line in map(str.strip, file) if line.startswith("_")})
+            lines = [line for line in map(str.strip, file) if line.startswith(("_", "data_"))]
+        columns = sorted({line.split()[0][1:] for line in lines if line.startswith("_")})
+        names = [line for line in lines if line.startswith("data_")]
         blocks = starfile.read(path, always_dict=True, parse_as_string=columns)
     except (ValueError, IndexError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{path}: not a readable STAR file ({reason}); give a RELION particle STAR file") from None
+    if len(set(names)) < len(names):
+        raise InputError(f"{path}: two tables are called {max(names, key=names.count)}; rename or join them")
+    for name, block in blocks.items():
+        if isinstance(block, pd.DataFrame) and block.columns.has_duplicates:
+            column = block.columns[block.columns.duplicated()][0]
+            raise InputError(f"{path}: the table data_{name} names column {column} twice; remove one of the two")
     # A block of single "_name value" lines is a table of one row.
     return {
         name: block if isinstance(block, pd.DataFrame) else pd.DataFrame([block], dtype=str)
@@ -193,7 +203,7 @@ class _Columns:
         return self.required(name) if name in self else np.full(len(self.particles), default)
 
     def _numbers(self, column: pd.Series, name: str, kind: str) -> FloatColumn:
-        values = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
+        values = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, copy=True)
         bad = np.flatnonzero(~np.isfinite(values))
         if len(bad):
             raise InputError(
@@ -236,8 +246,8 @@ def _pixel_size(columns: _Columns) -> FloatColumn:
 
 def _image_references(columns: _Columns) -> ImageReferences:
     parts = columns.text("rlnImageName").str.extract(r"^(?:(?P<number>\d+)@)?(?P<file>.+)$")
-    number = pd.to_numeric(parts["number"], errors="coerce").fillna(1).to_numpy(dtype=np.int64)
-    bad = np.flatnonzero((number < 1) | parts["file"].isna().to_numpy())
+    number = pd.to_numeric(parts["number"], errors="coerce").fillna(1).to_numpy(dtype=np.float64)
+    bad = np.flatnonzero((number < 1) | (number > np.iinfo(np.int32).max) | parts["file"].isna().to_numpy())
     if len(bad):
         name = columns.text("rlnImageName").iloc[bad[0]]
         raise InputError(
@@ -245,7 +255,7 @@ def _image_references(columns: _Columns) -> ImageReferences:
             "number@stack is needed, counted from 1"
         )
     stack, names = pd.factorize(parts["file"])
-    return ImageReferences(tuple(map(str, names)), stack.astype(np.int64), number - 1)
+    return ImageReferences(tuple(map(str, names)), stack.astype(np.int64), number.astype(np.int64) - 1)
 
 
 def _poses(columns: _Columns, pixel_size: FloatColumn) -> PoseColumns | None:

@@ -1,0 +1,147 @@
+"""The run folder: the name and the writer of every file that a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from cryoai.errors import InputError
+from cryoai.formats.files import atomic_path
+from cryoai.formats.mrc import write_map
+
+__all__ = ["RunFolder"]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run folder; every file is written whole or not at all."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path) -> RunFolder:
+        """Make the folder.
+
+        Raises
+        ------
+        InputError
+            If it holds anything already, or cannot be made.
+        """
+        try:
+            if path.is_dir() and any(path.iterdir()):
+                raise InputError(f"{path}: the run folder is not empty; give a new one or remove it")
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{path}: cannot make the run folder ({error.strerror}); give another place") from None
+        run = cls(path)
+        try:
+            run.write_text(run.command, "")
+        except OSError as error:
+            raise InputError(f"{path}: cannot write to the run folder ({error.strerror}); give another place") from None
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """A folder that holds a finished run.
+
+        Raises
+        ------
+        InputError
+            If it does not.
+        """
+        run = cls(path)
+        if not run.summary.is_file():
+            raise InputError(f"{path}: not the folder of a finished run (no {run.summary.name}); give one")
+        return run
+
+    @property
+    def command(self) -> Path:
+        return self.path / "command.txt"
+
+    @property
+    def settings(self) -> Path:
+        return self.path / "settings.toml"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def prepared_images(self) -> Path:
+        """Scratch file of the images at the working box; removed when the run ends."""
+        return self.path / "prepared_images.f16"
+
+    @property
+    def map(self) -> Path:
+        return self.path / "map.mrc"
+
+    @property
+    def half_maps(self) -> tuple[Path, Path]:
+        return self.path / "half_map_1.mrc", self.path / "half_map_2.mrc"
+
+    @property
+    def mask(self) -> Path:
+        return self.path / "mask.mrc"
+
+    @property
+    def fsc(self) -> Path:
+        return self.path / "fsc.csv"
+
+    @property
+    def particles(self) -> Path:
+        return self.path / "particles.star"
+
+    @property
+    def encoder_particles(self) -> Path:
+        """The encoder's own poses, before any refinement."""
+        return self.path / "encoder_particles.star"
+
+    @property
+    def encoder_weights(self) -> Path:
+        return self.path / "encoder.safetensors"
+
+    @property
+    def volume_weights(self) -> Path:
+        return self.path / "volume.safetensors"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation.json"
+
+    def write_text(self, path: Path, text: str) -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    def write_json(self, path: Path, values: dict[str, Any]) -> None:
+        self.write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
+
+    def write_map(self, path: Path, density: Tensor, pixel_size_in_angstroms: float) -> None:
+        write_map(path, density.cpu().numpy().astype(np.float32), pixel_size_in_angstroms)
+
+    def write_fsc(self, fsc: Tensor, pixel_size_in_angstroms: float) -> None:
+        """Columns: shell, its period in Å, its correlation."""
+        extent = 2 * (len(fsc) - 1) * pixel_size_in_angstroms
+        rows = [f"{s},{extent / s if s else float('inf'):.4f},{value:.6f}" for s, value in enumerate(fsc.tolist())]
+        self.write_text(self.fsc, "\n".join(["shell,period_in_angstroms,fsc", *rows]) + "\n")
+
+    def discard(self) -> None:
+        """Remove the folder and all that the run wrote."""
+        shutil.rmtree(self.path, ignore_errors=True)

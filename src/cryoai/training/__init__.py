@@ -1,0 +1,1 @@
+"""Training: settings, stages and the loop that runs them."""

@@ -1,0 +1,231 @@
+"""The Amortized stage: encoder and implicit volume trained together, awake and asleep.
+
+*Wake*: a batch of particles; the symmetrized loss of the best hypothesis trains encoder and volume.
+*Sleep*: particles are made up from the current volume, with poses, shifts, optics and noise like
+those of the data; their poses are known and train the encoder (Hinton et al. 1995 for the name).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import roma
+import torch
+from torch import Tensor, nn
+
+from cryoai.bootstrap import Reference
+from cryoai.hardware import fast_matrices
+from cryoai.losses import pose_loss
+from cryoai.model import CryoAI
+from cryoai.noise import NoiseSpectrum
+from cryoai.particles import ParticleBatch, PreparedParticles
+from cryoai.poses import Poses
+from cryoai.training.stages import Estimate
+from cryoai.volumes import AbstractVolume, SampledVolume
+
+__all__ = ["Amortized", "AmortizedMetrics", "parameter_groups"]
+
+_WARM_UP = 0.05
+_GRADIENT_NORM = 1.0
+_MEAN_OVER_HEADS = 0.05
+# A shift error of this fraction of the box counts like a rotation error of norm one.
+_SHIFT_UNIT_IN_BOXES = 0.05
+_FIT_LEARNING_RATE = 1e-4
+_FIT_BATCH = 2048
+
+
+@dataclass(frozen=True)
+class AmortizedMetrics:
+    step: int
+    wake_loss: float
+    sleep_loss: float
+    volume_fit_loss: float
+
+    @property
+    def headline(self) -> str:
+        if math.isnan(self.wake_loss):
+            return f"fitting the volume, relative error {self.volume_fit_loss:.2f}"
+        return f"wake loss {self.wake_loss:.4f}, sleep loss {self.sleep_loss:.2f}"
+
+
+class Amortized:
+    """Trains a :class:`CryoAI` model.
+
+    Parameters
+    ----------
+    particles
+        At the box of the encoder.
+    wake_batch_size, sleep_batch_size
+        Images of a step; no synthetic images if the latter is 0.
+    n_fit_steps
+        Steps that first fit the volume to the map of the estimate, if it has one.
+    shift_std_in_angstroms
+        Of the synthetic images, in each axis.
+    """
+
+    name = "amortized"
+
+    def __init__(
+        self,
+        particles: PreparedParticles,
+        estimate: Estimate,
+        model: CryoAI,
+        *,
+        n_steps: int,
+        n_fit_steps: int,
+        wake_batch_size: int,
+        sleep_batch_size: int,
+        learning_rate: float,
+        volume_learning_rate: float,
+        shift_std_in_angstroms: float,
+        generator: torch.Generator,
+    ) -> None:
+        self.particles = particles
+        self.estimate = estimate
+        self.model = model
+        self.n_steps = n_steps
+        self.wake_batch_size = min(wake_batch_size, particles.n_particles)
+        self.sleep_batch_size = sleep_batch_size
+        self.shift_std_in_angstroms = shift_std_in_angstroms
+        self.generator = generator
+        self.steps_done = 0
+        self.target = None if estimate.reference is None else _target(estimate.reference, model)
+        self.fit_steps_left = 0 if self.target is None else n_fit_steps
+        self.noise = _power(particles, model) if estimate.reference is None else estimate.reference.noise
+        self.precision = self.noise.precision(model.imaging)
+        # Of one kind of coefficient a complex normal of variance one has half in each part.
+        self.deviation = (self.noise.variance[model.imaging.shells] / 2).sqrt()
+        self.fit_optimizer = torch.optim.Adam(model.volume.parameters(), lr=_FIT_LEARNING_RATE)
+        self.optimizer = torch.optim.Adam(parameter_groups(model, learning_rate, volume_learning_rate), amsgrad=True)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._learning_rate_factor)
+
+    @property
+    def finished(self) -> bool:
+        return self.steps_done >= self.n_steps
+
+    @property
+    def progress(self) -> float:
+        return self.steps_done / self.n_steps
+
+    def step(self) -> AmortizedMetrics:
+        if self.fit_steps_left:
+            self.fit_steps_left -= 1
+            return AmortizedMetrics(0, math.nan, math.nan, self._fit())
+        self.model.train()
+        with fast_matrices(self.precision.device):
+            volume = self.model.volume.sampled(self.model.imaging.max_radius)
+        wake = self._wake_loss(volume)
+        sleep = self._sleep_loss(volume)
+        self.optimizer.zero_grad(set_to_none=True)
+        (wake + sleep).backward()
+        nn.utils.clip_grad_norm_(self.model.encoder.parameters(), _GRADIENT_NORM)
+        nn.utils.clip_grad_norm_(self.model.volume.parameters(), _GRADIENT_NORM)
+        self.optimizer.step()
+        self.schedule.step()
+        self.steps_done += 1
+        return AmortizedMetrics(self.steps_done, float(wake), float(sleep), math.nan)
+
+    def result(self) -> Estimate:
+        self.model.eval()
+        reference = self.estimate.reference
+        if reference is None:
+            radius = self.model.imaging.max_radius
+            reference = Reference(self.model.volume.to_map(radius), radius, self.noise)
+        return replace(self.estimate, model=self.model, reference=reference)
+
+    def _wake_loss(self, volume: SampledVolume) -> Tensor:
+        rows = torch.randint(self.particles.n_particles, (self.wake_batch_size,), generator=self.generator)
+        batch = self.particles.batch(rows.sort().values, self.model.imaging.max_radius)
+        hypotheses = self.model.propose(batch, self.precision)
+        return self.model.judge(batch, hypotheses, volume, self.precision).loss.mean()
+
+    def _sleep_loss(self, volume: SampledVolume) -> Tensor:
+        if self.sleep_batch_size == 0:
+            return self.precision.new_zeros(())
+        batch, truth = self._dream(volume)
+        # Of a synthetic image the half turn teaches nothing new: ask about the image alone.
+        extent = self.particles.n_pixels * self.particles.pixel_size_in_angstroms
+        return pose_loss(
+            self.model.encode(batch, self.precision),
+            truth,
+            shift_unit_in_angstroms=_SHIFT_UNIT_IN_BOXES * extent,
+            mean_weight=_MEAN_OVER_HEADS,
+        ).loss.mean()
+
+    @torch.no_grad()
+    def _dream(self, volume: SampledVolume) -> tuple[ParticleBatch, Poses]:
+        """Synthetic particles of the current volume, and their poses (B,)."""
+        n, device = self.sleep_batch_size, self.precision.device
+        rows = torch.randint(self.particles.n_particles, (n,), generator=self.generator)
+        poses = Poses(
+            roma.random_rotmat(n, generator=self.generator),
+            self.shift_std_in_angstroms * torch.randn(n, 2, generator=self.generator),
+        ).to(device)
+        optics = self.particles.optics[rows].to(device)
+        clean = self.model.imaging.predict(volume, poses, optics)
+        noise = torch.view_as_complex(torch.randn(*clean.shape, 2, generator=self.generator)).to(device)
+        return ParticleBatch(rows, clean + self.deviation * noise, optics), poses
+
+    def _fit(self) -> float:
+        """One step of the volume towards the map of the estimate; returns the relative error."""
+        assert self.target is not None
+        choice = torch.randint(len(self.target.points), (_FIT_BATCH,), generator=self.generator)
+        return fit_step(self.model.volume, self.target, choice, self.fit_optimizer)
+
+    def _learning_rate_factor(self, step: int) -> float:
+        position = step / self.n_steps
+        return min(1.0, (position + 1 / self.n_steps) / _WARM_UP) * (0.51 + 0.49 * math.cos(math.pi * min(1, position)))
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """Values (P,) that a volume should take at points (P, 3), and the weight (P,) of each error."""
+
+    points: Tensor
+    values: Tensor
+    weights: Tensor
+
+
+def fit_step(volume: AbstractVolume, target: Target, choice: Tensor, optimizer: torch.optim.Optimizer) -> float:
+    """One optimizer step of a volume towards its target at the points ``choice``; the relative error before it."""
+    device = target.points.device
+    choice = choice.to(device)
+    with fast_matrices(device):
+        values = volume(target.points[choice])
+    weights = target.weights[choice]
+    error = ((values - target.values[choice]).abs().square() * weights).mean()
+    scale = (target.values[choice].abs().square() * weights).mean()
+    optimizer.zero_grad(set_to_none=True)
+    (error / scale).backward()
+    optimizer.step()
+    return float(error / scale)
+
+
+def parameter_groups(model: CryoAI, learning_rate: float, volume_learning_rate: float) -> list[dict[str, object]]:
+    """Every trainable parameter of the model, once."""
+    return [
+        {"params": list(model.encoder.parameters()), "lr": learning_rate},
+        {"params": list(model.volume.parameters()), "lr": volume_learning_rate},
+    ]
+
+
+def _target(reference: Reference, model: CryoAI) -> Target:
+    """The reference on the lattice that the model's volume will be read from, whitened by shell."""
+    radius = model.imaging.max_radius
+    volume = model.volume
+    density = reference.at_box(volume.n_pixels).density
+    sampled = SampledVolume.from_map(density, radius, oversampling=volume.sampling_oversampling)
+    radii = sampled.lattice.radii(device=sampled.values.device)
+    inside = radii < radius + 1
+    values = sampled.values[inside, 0]
+    shells = (radii[inside] + 0.5).floor().long().clamp(max=radius)
+    return Target(
+        sampled.lattice.frequencies(device=values.device)[inside], values, 1 / reference.noise.variance[shells]
+    )
+
+
+def _power(particles: PreparedParticles, model: CryoAI) -> NoiseSpectrum:
+    """Without a map everything in the images is noise."""
+    batch = particles.batch(torch.arange(min(2000, particles.n_particles)), model.imaging.max_radius)
+    return NoiseSpectrum.of_residuals(batch.coefficients, model.imaging)

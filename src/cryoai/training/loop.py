@@ -1,0 +1,359 @@
+"""The loop: from particles to a run folder, stage by stage."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from cryoai import __version__
+from cryoai.bootstrap import BootstrapSchedule
+from cryoai.encoder import PoseEncoder
+from cryoai.errors import InputError, RunFailedError
+from cryoai.formats.files import atomic_path
+from cryoai.hardware import choose_device
+from cryoai.model import CryoAI
+from cryoai.particles import ParticleStack, PreparedParticles, prepare_particles
+from cryoai.poses import Poses, angular_distance_in_degrees
+from cryoai.reconstruction import HalfMaps
+from cryoai.runs import RunFolder
+from cryoai.training.amortized import Amortized
+from cryoai.training.monitor import Monitor
+from cryoai.training.settings import Settings, StageName
+from cryoai.training.stages import Bootstrap, Estimate, Placement, Refinement, Stage, trial_poses
+from cryoai.volumes import FourierNetVolume
+
+__all__ = ["PoseSources", "Reconstruction", "reconstruct"]
+
+_LARGEST_DEFAULT_BOX = 128
+_FEWEST_PARTICLES = 20
+_SIGNS = {"auto": None, "bright": 1, "dark": -1}
+_MOVED_IN_DEGREES = 1.0
+
+
+@dataclass(frozen=True)
+class PoseSources:
+    """How many particles took their pose from where.
+
+    Every pose starts as the likelier of the encoder's and the search's, both refined locally; where
+    both led to the same answer within 10° it counts for the likelier one and in
+    ``encoder_and_search_agree``. ``moved_by_refinement`` counts poses that ended more than 1° from
+    their start.
+    """
+
+    from_encoder: int
+    from_search: int
+    encoder_and_search_agree: int
+    moved_by_refinement: int
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstruction:
+    """What came out of a run.
+
+    Attributes
+    ----------
+    map, half_maps
+        Densities (n, n, n) at the working box.
+    poses
+        (N,), in the order of the particles.
+    resolution_in_angstroms
+        At which the FSC of the half maps falls below 0.143, within a soft sphere.
+    halves_are_independent
+        False where no Refinement was run: the poses then come from one common map.
+    start_agreement
+        Share of held-out particles that the two best agreeing starts of Bootstrap pose alike; None
+        if there was only one.
+    """
+
+    map: Tensor
+    half_maps: HalfMaps
+    poses: Poses
+    pixel_size_in_angstroms: float
+    resolution_in_angstroms: float
+    halves_are_independent: bool
+    start_agreement: float | None
+    sources: PoseSources
+    run: RunFolder
+
+
+def reconstruct(particles: ParticleStack, run: str | Path, settings: Settings | None = None) -> Reconstruction:
+    """Reconstruct a map and every pose from particles, and write all that was found to ``run``.
+
+    Raises
+    ------
+    InputError
+        If the particles or the settings cannot be used; nothing is left behind.
+    RunFailedError
+        If the run cannot go on.
+
+    Examples
+    --------
+    >>> particles = ParticleStack.open("particles.star")        # doctest: +SKIP
+    >>> result = reconstruct(particles, "runs/first")           # doctest: +SKIP
+    >>> result.resolution_in_angstroms                          # doctest: +SKIP
+    11.0
+    """
+    settings = settings or Settings()
+    box = _working_box(particles, settings)
+    device = choose_device(settings.device)
+    folder = RunFolder.create(Path(run))
+    try:
+        return _run(particles, folder, settings, box, device)
+    except InputError:
+        folder.discard()
+        raise
+    finally:
+        folder.prepared_images.unlink(missing_ok=True)
+
+
+def _run(stack: ParticleStack, folder: RunFolder, settings: Settings, box: int, device: torch.device) -> Reconstruction:
+    torch.manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
+    half_set = _random_halves(stack.n_particles, generator)
+    folder.write_text(folder.settings, settings.to_toml())
+    with Monitor(folder) as monitor:
+        particles = _prepare(stack, folder, settings, box, device, monitor)
+        estimate = Estimate()
+        for name in (*_before_refinement(settings), "placement", *_refinement(settings)):
+            stage = _build(name, particles, estimate, half_set, settings, generator)
+            monitor.begin(stage.name)
+            while not stage.finished:
+                metrics = stage.step()
+                _check_finite(stage, metrics.headline)
+                monitor.update(metrics, stage.progress)
+            monitor.end(metrics.headline)
+            estimate = stage.result()
+        result = _conclude(particles, estimate, half_set, settings, folder)
+        _write(result, stack, particles, estimate, half_set, monitor)
+    return result
+
+
+def _working_box(particles: ParticleStack, settings: Settings) -> int:
+    if particles.n_particles < _FEWEST_PARTICLES:
+        raise InputError(
+            f"{particles.table.path}: {particles.n_particles} particles; at least {_FEWEST_PARTICLES} are needed"
+        )
+    box = settings.box or min(particles.n_pixels, _LARGEST_DEFAULT_BOX)
+    if box > particles.n_pixels:
+        raise InputError(f"--box {box}: the images have {particles.n_pixels} pixels; give at most that")
+    if "amortized" in settings.stages and settings.amortized.box > box:
+        raise InputError(
+            f"setting amortized.box: {settings.amortized.box} pixels for a working box of {box}; give at most that"
+        )
+    return box
+
+
+def _random_halves(n_particles: int, generator: torch.Generator) -> Tensor:
+    """Half set (N,), 0 or 1, of every particle: equal in number, drawn at random."""
+    half_set = torch.zeros(n_particles, dtype=torch.long)
+    half_set[torch.randperm(n_particles, generator=generator)[: n_particles // 2]] = 1
+    return half_set
+
+
+def _before_refinement(settings: Settings) -> list[StageName]:
+    return [name for name in settings.stages if name != "refinement"]
+
+
+def _refinement(settings: Settings) -> list[StageName]:
+    return [name for name in settings.stages if name == "refinement"]
+
+
+def _prepare(
+    stack: ParticleStack, folder: RunFolder, settings: Settings, box: int, device: torch.device, monitor: Monitor
+) -> PreparedParticles:
+    monitor.begin("prepare")
+    particles = prepare_particles(
+        stack,
+        box,
+        folder.prepared_images,
+        sign=_SIGNS[settings.contrast],
+        device=device,
+        progress=lambda n_done: monitor.advance(n_done / stack.n_particles),
+    )
+    sign = particles.contrast
+    how = "detected" if settings.contrast == "auto" else "as stated"
+    monitor.end(
+        f"{stack.n_particles} particles of {stack.n_pixels} px, working box {box} px of "
+        f"{particles.pixel_size_in_angstroms:.2f} Å; protein is {'bright' if sign.sign > 0 else 'dark'} "
+        f"({how}; z = {sign.z_score:.1f})"
+    )
+    return particles
+
+
+def _build(
+    name: str,
+    particles: PreparedParticles,
+    estimate: Estimate,
+    half_set: Tensor,
+    settings: Settings,
+    generator: torch.Generator,
+) -> Stage:
+    """The stage called ``name``, with the settings spelled out as arguments."""
+    schedule = BootstrapSchedule(
+        n_steps=settings.bootstrap.n_steps,
+        batch_size=settings.bootstrap.batch_size,
+        last_radius=min(settings.bootstrap.last_radius, particles.disc.max_radius),
+        n_rotations=settings.bootstrap.n_rotations,
+    )
+    if name == "bootstrap":
+        return Bootstrap(
+            particles,
+            schedule,
+            n_starts=settings.bootstrap.n_starts,
+            max_starts=settings.bootstrap.max_starts,
+            max_images=settings.bootstrap.max_images,
+            generator=generator,
+        )
+    if name == "amortized":
+        return _build_amortized(particles, estimate, settings, generator)
+    if name == "placement":
+        searches = "bootstrap" in settings.stages
+        trials = trial_poses(particles, schedule, settings.placement.n_rotations) if searches else None
+        return Placement(particles, estimate, half_set, trials, n_iterations=settings.placement.n_iterations)
+    return Refinement(
+        particles,
+        estimate,
+        half_set,
+        max_rounds=settings.refinement.max_rounds,
+        n_iterations=settings.refinement.n_iterations,
+    )
+
+
+def _build_amortized(
+    particles: PreparedParticles, estimate: Estimate, settings: Settings, generator: torch.Generator
+) -> Amortized:
+    chosen = settings.amortized
+    small = particles.cropped(chosen.box)
+    imaging = small.imaging(chosen.max_radius)
+    extent = small.n_pixels * small.pixel_size_in_angstroms
+    pilot = small.batch(torch.arange(min(1000, small.n_particles)), chosen.max_radius).coefficients
+    encoder = PoseEncoder(
+        small.n_pixels,
+        n_hypotheses=chosen.n_hypotheses,
+        max_shift_in_angstroms=chosen.max_shift_in_boxes * extent,
+        width=chosen.encoder_width,
+    )
+    volume = FourierNetVolume(
+        small.n_pixels,
+        width=chosen.volume_width,
+        scale=float(pilot.abs().square().mean().sqrt()),
+        sampling_oversampling=chosen.volume_oversampling,
+    )
+    return Amortized(
+        small,
+        estimate,
+        CryoAI(encoder, volume, imaging).to(particles.disc.device),
+        n_steps=chosen.n_steps,
+        n_fit_steps=chosen.n_fit_steps,
+        wake_batch_size=chosen.wake_batch_size,
+        sleep_batch_size=chosen.sleep_batch_size,
+        learning_rate=chosen.learning_rate,
+        volume_learning_rate=chosen.volume_learning_rate,
+        shift_std_in_angstroms=chosen.shift_std_in_boxes * extent,
+        generator=generator,
+    )
+
+
+def _check_finite(stage: Stage, headline: str) -> None:
+    if "nan" in headline.lower():
+        raise RunFailedError(f"{stage.name}: the numbers are no longer finite ({headline}); try another --seed")
+
+
+# ------------------------------------------------------------------------------ results
+
+
+def _conclude(
+    particles: PreparedParticles, estimate: Estimate, half_set: Tensor, settings: Settings, folder: RunFolder
+) -> Reconstruction:
+    placed, half_sets = estimate.particles, estimate.half_sets
+    assert placed is not None
+    assert half_sets is not None
+    half_maps = half_sets.half_maps()
+    moved = angular_distance_in_degrees(placed.poses.rotations, placed.start.rotations)
+    n_from_encoder = int(placed.from_encoder.sum())
+    return Reconstruction(
+        map=half_sets.combined(half_maps),
+        half_maps=half_maps,
+        poses=placed.poses.to("cpu"),
+        pixel_size_in_angstroms=particles.pixel_size_in_angstroms,
+        resolution_in_angstroms=half_maps.resolution_in_angstroms(particles.pixel_size_in_angstroms),
+        halves_are_independent="refinement" in settings.stages,
+        start_agreement=estimate.start_agreement,
+        sources=PoseSources(
+            n_from_encoder,
+            len(half_set) - n_from_encoder,
+            int(placed.sources_agree.sum()),
+            int((moved > _MOVED_IN_DEGREES).sum()),
+        ),
+        run=folder,
+    )
+
+
+def _write(
+    result: Reconstruction,
+    stack: ParticleStack,
+    particles: PreparedParticles,
+    estimate: Estimate,
+    half_set: Tensor,
+    monitor: Monitor,
+) -> None:
+    run, pixel_size = result.run, result.pixel_size_in_angstroms
+    subset = {"rlnRandomSubset": (half_set + 1).numpy().astype(np.int64)}
+    run.write_map(run.map, result.map, pixel_size)
+    for path, density in zip(run.half_maps, (result.half_maps.first, result.half_maps.second), strict=True):
+        run.write_map(path, density, pixel_size)
+    run.write_map(run.mask, result.half_maps.mask, pixel_size)
+    run.write_fsc(result.half_maps.fsc, pixel_size)
+    stack.write(run.particles, result.poses, subset)
+    if estimate.particles is not None and estimate.particles.encoder is not None:
+        stack.write(run.encoder_particles, estimate.particles.encoder.to("cpu"), subset)
+    if estimate.model is not None:
+        _save_weights(estimate.model.encoder, run.encoder_weights)
+        _save_weights(estimate.model.volume, run.volume_weights)
+    run.write_json(
+        run.summary,
+        {
+            "cryoai": __version__,
+            "particles": str(stack.table.path),
+            "n_particles": stack.n_particles,
+            "box_in_pixels": particles.n_pixels,
+            "pixel_size_in_angstroms": pixel_size,
+            "resolution_in_angstroms": _finite_or_none(result.resolution_in_angstroms),
+            "halves_are_independent": result.halves_are_independent,
+            "start_agreement": result.start_agreement,
+            "contrast": asdict(particles.contrast),
+            "pose_sources": asdict(result.sources),
+            "seconds_per_stage": monitor.seconds_per_stage,
+            "seconds": round(time.monotonic() - monitor.started_at, 2),
+            "peak_memory_in_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            "device": str(particles.disc.device),
+            "n_threads": torch.get_num_threads(),
+            "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "numpy", "roma")},
+        },
+    )
+    monitor.say(_verdict(result))
+
+
+def _save_weights(module: nn.Module, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        safetensors.torch.save_file({k: v.contiguous() for k, v in module.state_dict().items()}, temporary)
+
+
+def _finite_or_none(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def _verdict(result: Reconstruction) -> str:
+    halves = "independent half maps" if result.halves_are_independent else "half maps (of poses from one common map)"
+    agreement = result.start_agreement
+    starts = "" if agreement is None else f"; two starts from nothing agree on {agreement:.0%} of the poses"
+    return f"resolution {result.resolution_in_angstroms:.1f} Å by {halves}{starts}; see {result.run.path}"

@@ -1,0 +1,201 @@
+"""The settings of a run: validated, immutable, written to the run folder and read back from it.
+
+Only the trainer and the command line know this module; all parts below take explicit arguments.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cryoai.errors import InputError
+
+__all__ = [
+    "AmortizedSettings",
+    "BootstrapSettings",
+    "PlacementSettings",
+    "Preset",
+    "RefinementSettings",
+    "Settings",
+    "StageName",
+]
+
+StageName = Literal["bootstrap", "amortized", "refinement"]
+Preset = Literal["auto", "paper"]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BootstrapSettings(_Frozen):
+    """A low-resolution map from nothing, by annealed stochastic search."""
+
+    n_starts: Annotated[int, Field(ge=1, le=16)] = 2
+    """Random starts that are always made; the best by held-out likelihood wins."""
+    max_starts: Annotated[int, Field(ge=1, le=16)] = 3
+    """More starts are made, up to this number, while no two agree."""
+    n_steps: Annotated[int, Field(ge=10)] = 200
+    """Steps of a start."""
+    batch_size: Positive = 200
+    """Images of a step."""
+    last_radius: Annotated[int, Field(ge=6, le=64)] = 16
+    """Band limit at the end, in Fourier pixels: periods across the box."""
+    n_rotations: Annotated[int, Field(ge=64)] = 4608
+    """Rotations of the search grid."""
+    max_images: Annotated[int, Field(ge=50)] = 20_000
+    """Random images that the search may draw from; the others are not read."""
+
+    @model_validator(mode="after")
+    def _starts_in_order(self) -> BootstrapSettings:
+        if self.max_starts < self.n_starts:
+            raise ValueError(f"max_starts is {self.max_starts}; at least n_starts, {self.n_starts}, are needed")
+        return self
+
+
+class AmortizedSettings(_Frozen):
+    """The encoder and the implicit volume of CryoAI."""
+
+    box: Annotated[int, Field(ge=32, le=256, multiple_of=2)] = 32
+    """Side in pixels of the images that the encoder sees."""
+    max_radius: Annotated[int, Field(ge=4, le=128)] = 12
+    """Band limit of encoder, volume and loss, in Fourier pixels."""
+    n_hypotheses: Annotated[int, Field(ge=1, le=64)] = 8
+    """Rotation heads; each image is judged twice as often, as it is and turned by 180 degrees."""
+    encoder_width: Annotated[int, Field(ge=4, le=128)] = 16
+    """Channels of the first block of the encoder; 64 as published."""
+    volume_width: Annotated[int, Field(ge=16, le=1024)] = 256
+    """Units of the layers of the volume; 256 as published."""
+    volume_oversampling: Annotated[int, Field(ge=1, le=4)] = 1
+    """Points per Fourier pixel of the lattice that slices of the volume are interpolated from."""
+    n_steps: Positive = 400
+    """Optimizer steps."""
+    wake_batch_size: Annotated[int, Field(ge=2)] = 64
+    """Images of the data set in a step."""
+    sleep_batch_size: Annotated[int, Field(ge=0)] = 192
+    """Synthetic images of the current volume in a step; 0 for none."""
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    """Of the encoder; it rises over the first 5 % of the steps and falls as a cosine."""
+    volume_learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    """Of the volume, on the same schedule."""
+    n_fit_steps: Annotated[int, Field(ge=0)] = 200
+    """Steps that fit the volume to the map of Bootstrap, if there is one, before training."""
+    max_shift_in_boxes: Annotated[float, Field(gt=0, le=0.5)] = 0.1
+    """Bound on the shifts of the encoder, as a fraction of the box."""
+    shift_std_in_boxes: Annotated[float, Field(ge=0, le=0.2)] = 0.02
+    """Standard deviation of the shifts of synthetic images in each axis, as a fraction of the box."""
+
+    @model_validator(mode="after")
+    def _band_in_box(self) -> AmortizedSettings:
+        if self.max_radius > self.box // 2:
+            raise ValueError(f"max_radius is {self.max_radius}; at most box / 2 = {self.box // 2} is possible")
+        return self
+
+
+class PlacementSettings(_Frozen):
+    """The first pose of every particle: the best of all that encoder and search propose."""
+
+    n_rotations: Annotated[int, Field(ge=64)] = 4608
+    """Rotations of the search grid."""
+    n_iterations: Annotated[int, Field(ge=0, le=20)] = 3
+    """Local refinement steps of each proposal at each of three band limits; 0 for none."""
+
+
+class RefinementSettings(_Frozen):
+    """Local refinement of every pose against the map of the particle's own half set."""
+
+    max_rounds: Annotated[int, Field(ge=1, le=50)] = 10
+    """Passes over all particles at most; it ends earlier when the resolution no longer grows."""
+    n_iterations: Annotated[int, Field(ge=1, le=20)] = 3
+    """Gauss-Newton steps of a particle in a round."""
+
+
+class Settings(_Frozen):
+    """Everything that decides the result of a run, beside the particles."""
+
+    stages: tuple[StageName, ...] = ("bootstrap", "amortized", "refinement")
+    """Stages to run, in this order."""
+    box: Annotated[int, Field(ge=32, le=1024, multiple_of=2)] | None = None
+    """Working box in pixels, to which the images are Fourier-cropped. Default: theirs, at most 128."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of all randomness; one seed and one machine give one result."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes a CUDA device if there is one."""
+    contrast: Literal["auto", "bright", "dark"] = "auto"
+    """Whether protein is bright or dark in the images; auto decides it from them."""
+    bootstrap: BootstrapSettings = BootstrapSettings()
+    amortized: AmortizedSettings = AmortizedSettings()
+    placement: PlacementSettings = PlacementSettings()
+    refinement: RefinementSettings = RefinementSettings()
+
+    @model_validator(mode="after")
+    def _stages_in_order(self) -> Settings:
+        order = ("bootstrap", "amortized", "refinement")
+        expected = tuple(name for name in order if name in self.stages)
+        if self.stages != expected:
+            raise ValueError(f"stages are {' '.join(self.stages)}; each once and in the order {' '.join(order)}")
+        if not {"bootstrap", "amortized"} & set(self.stages):
+            raise ValueError("stages need bootstrap or amortized: without either there is no map to start from")
+        return self
+
+    @classmethod
+    def assemble(cls, preset: Preset, file: Path | None, given: dict[str, Any]) -> Settings:
+        """Settings of a preset, changed by those of a TOML file, changed by those ``given``.
+
+        Raises
+        ------
+        InputError
+            If a key is unknown or a value out of range.
+        """
+        values = _merged(_PRESETS[preset], {} if file is None else _read_toml(file))
+        try:
+            return cls.model_validate(_merged(values, given))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"]) or "settings"
+            message = first["msg"].removeprefix("Value error, ")
+            raise InputError(f"setting {key}: {message}; see cryoai reconstruct --help") from None
+
+    def to_toml(self) -> str:
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+
+# The published method, with the defects of its released code mended: no bootstrap, one hypothesis,
+# no synthetic images, the published widths and learning rate.
+_PRESETS: dict[Preset, dict[str, Any]] = {
+    "auto": {},
+    "paper": {
+        "stages": ("amortized",),
+        "amortized": {
+            "n_hypotheses": 1,
+            "sleep_batch_size": 0,
+            "encoder_width": 64,
+            "volume_oversampling": 2,
+            "learning_rate": 1e-4,
+            "n_steps": 5000,
+        },
+        "placement": {"n_iterations": 0},
+    },
+}
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _merged(result[key], value) if both else value
+    return result
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"--settings {path}: no such file; give the settings.toml of a run") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"--settings {path}: not a TOML file ({error}); give the settings.toml of a run") from None

@@ -1,0 +1,57 @@
+import math
+
+import pytest
+import torch
+
+from cryoai.fourier import FourierDisc
+from cryoai.imaging import ImagingModel
+from cryoai.noise import NoiseSpectrum, log_likelihood
+from properties import assert_batch_equals_loop, unchanged
+
+
+@pytest.fixture(params=[24, 25])
+def imaging(request):
+    return ImagingModel(FourierDisc.of_box(request.param), 3.0, 8)
+
+
+def test_white_noise_of_unit_variance_has_unit_power_in_every_shell(imaging):
+    n = imaging.disc.n_pixels
+    residuals = imaging.disc.from_images(torch.randn(2000, n, n))[:, : imaging.n_coefficients]
+    noise = NoiseSpectrum.of_residuals(residuals, imaging)
+    # Shells have 1, 4 and more independent coefficients; the power of n complex ones scatters by 1 / sqrt(n).
+    n_samples = 2000 * torch.bincount(imaging.shells)
+    assert ((noise.variance - 1).abs() < 5 * math.sqrt(2) / n_samples.sqrt()).all()
+
+
+def test_the_spectrum_is_the_mean_power_of_each_shell(imaging):
+    level = torch.rand(imaging.max_radius + 1) + 0.5
+    phases = torch.exp(2j * math.pi * torch.rand(5, imaging.n_coefficients))
+    residuals = phases * level[imaging.shells].sqrt()
+    with unchanged(residuals):
+        noise = NoiseSpectrum.of_residuals(residuals, imaging)
+    torch.testing.assert_close(noise.variance, level)
+
+
+def test_the_precision_is_the_inverse_variance_and_leaves_the_origin_out(imaging):
+    variance = torch.rand(imaging.max_radius + 3) + 0.5
+    precision = NoiseSpectrum(variance).precision(imaging)
+    assert precision[0] == 0
+    torch.testing.assert_close(precision[1:] * variance[imaging.shells[1:]], torch.ones(imaging.n_coefficients - 1))
+
+
+def test_blending_moves_the_shells_that_both_have():
+    old, new = NoiseSpectrum(torch.tensor([1.0, 2.0, 3.0])), NoiseSpectrum(torch.tensor([3.0, 2.0]))
+    with unchanged(old, new):
+        blended = old.blended(new, 0.25)
+    assert blended.variance.tolist() == [1.5, 2.0, 3.0]
+
+
+def test_the_log_likelihood_is_that_of_independent_gaussians():
+    observed, predicted = torch.randn(4, 7, dtype=torch.complex128), torch.randn(4, 7, dtype=torch.complex128)
+    variance = torch.rand(7, dtype=torch.float64) + 0.5
+    # A complex coefficient of variance s^2 has real and imaginary parts of variance s^2 / 2.
+    normal = torch.distributions.Normal(torch.view_as_real(predicted), (variance / 2).sqrt()[:, None])
+    constant = torch.log(math.pi * variance).sum()
+    truth = normal.log_prob(torch.view_as_real(observed)).sum((-1, -2)) + constant
+    torch.testing.assert_close(log_likelihood(observed, predicted, 1 / variance), truth)
+    assert_batch_equals_loop(lambda a, b: log_likelihood(a, b, 1 / variance), observed, predicted)
