@@ -1,3 +1,65 @@
-"""Ab initio cryo-EM reconstruction by amortized inference."""
+"""Ab initio cryo-EM reconstruction by amortized inference.
+
+**Particles** come from disk with their **optics**; each becomes a vector of Fourier coefficients. An
+**encoder** proposes **poses**. The **volume** is asked for the central **slice** at each pose;
+**imaging** turns slices into predicted images. A **loss** picks the best hypothesis, and its gradient
+moves encoder and volume. **Refinement** polishes each pose, **reconstruction** inverts the poses into
+half maps, **evaluation** judges them.
+
+>>> import cryoai
+>>> particles = cryoai.ParticleStack.open("particles.star")     # doctest: +SKIP
+>>> result = cryoai.reconstruct(particles, run="runs/first")    # doctest: +SKIP
+>>> result.resolution_in_angstroms                              # doctest: +SKIP
+"""
 
 __version__ = "0.1.0"
+
+from cryoai.alignment import FrameChange, align_maps, align_poses
+from cryoai.encoder import PoseEncoder
+from cryoai.errors import InputError, RunFailedError
+from cryoai.evaluation import map_errors, pose_errors
+from cryoai.formats.mrc import read_map, write_map
+from cryoai.fourier import FourierDisc, fourier_shell_correlation
+from cryoai.imaging import ImagingModel
+from cryoai.model import CryoAI
+from cryoai.optics import Optics, contrast_transfer_function
+from cryoai.particles import ParticleStack, read_poses
+from cryoai.poses import Poses
+from cryoai.reconstruction import ReconstructionSums
+from cryoai.refinement import refine_poses
+from cryoai.simulation import protein_like_phantom, simulate
+from cryoai.training.loop import Reconstruction, reconstruct
+from cryoai.training.settings import Settings
+from cryoai.volumes import FourierNetVolume, SampledVolume, VoxelVolume
+
+__all__ = [
+    "CryoAI",
+    "FourierDisc",
+    "FourierNetVolume",
+    "FrameChange",
+    "ImagingModel",
+    "InputError",
+    "Optics",
+    "ParticleStack",
+    "PoseEncoder",
+    "Poses",
+    "Reconstruction",
+    "ReconstructionSums",
+    "RunFailedError",
+    "SampledVolume",
+    "Settings",
+    "VoxelVolume",
+    "align_maps",
+    "align_poses",
+    "contrast_transfer_function",
+    "fourier_shell_correlation",
+    "map_errors",
+    "pose_errors",
+    "protein_like_phantom",
+    "read_map",
+    "read_poses",
+    "reconstruct",
+    "refine_poses",
+    "simulate",
+    "write_map",
+]

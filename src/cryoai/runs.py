@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,7 @@ class RunFolder:
             raise InputError(f"{path}: cannot make the run folder ({error.strerror}); give another place") from None
         run = cls(path)
         try:
-            run.write_text(run.command, "")
+            run.write_text(run.command, shlex.join(sys.argv) + "\n")
         except OSError as error:
             raise InputError(f"{path}: cannot write to the run folder ({error.strerror}); give another place") from None
         return run

@@ -96,8 +96,10 @@ class Amortized:
         self.precision = self.noise.precision(model.imaging)
         # Of one kind of coefficient a complex normal of variance one has half in each part.
         self.deviation = (self.noise.variance[model.imaging.shells] / 2).sqrt()
-        self.fit_optimizer = torch.optim.Adam(model.volume.parameters(), lr=_FIT_LEARNING_RATE)
-        self.optimizer = torch.optim.Adam(parameter_groups(model, learning_rate, volume_learning_rate), amsgrad=True)
+        self.fit_optimizer = torch.optim.Adam(model.volume.parameters(), lr=_FIT_LEARNING_RATE, fused=True)
+        self.optimizer = torch.optim.Adam(
+            parameter_groups(model, learning_rate, volume_learning_rate), amsgrad=True, fused=True
+        )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._learning_rate_factor)
 
     @property
@@ -124,7 +126,7 @@ class Amortized:
         self.optimizer.step()
         self.schedule.step()
         self.steps_done += 1
-        return AmortizedMetrics(self.steps_done, float(wake), float(sleep), math.nan)
+        return AmortizedMetrics(self.steps_done, float(wake.detach()), float(sleep.detach()), math.nan)
 
     def result(self) -> Estimate:
         self.model.eval()
@@ -199,7 +201,7 @@ def fit_step(volume: AbstractVolume, target: Target, choice: Tensor, optimizer: 
     optimizer.zero_grad(set_to_none=True)
     (error / scale).backward()
     optimizer.step()
-    return float(error / scale)
+    return float((error / scale).detach())
 
 
 def parameter_groups(model: CryoAI, learning_rate: float, volume_learning_rate: float) -> list[dict[str, object]]:

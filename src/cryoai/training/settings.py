@@ -22,6 +22,7 @@ __all__ = [
     "RefinementSettings",
     "Settings",
     "StageName",
+    "describe",
 ]
 
 StageName = Literal["bootstrap", "amortized", "refinement"]
@@ -75,7 +76,7 @@ class AmortizedSettings(_Frozen):
     """Points per Fourier pixel of the lattice that slices of the volume are interpolated from."""
     n_steps: Positive = 400
     """Optimizer steps."""
-    wake_batch_size: Annotated[int, Field(ge=2)] = 64
+    wake_batch_size: Annotated[int, Field(ge=2)] = 32
     """Images of the data set in a step."""
     sleep_batch_size: Annotated[int, Field(ge=0)] = 192
     """Synthetic images of the current volume in a step; 0 for none."""
@@ -156,10 +157,7 @@ class Settings(_Frozen):
         try:
             return cls.model_validate(_merged(values, given))
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"]) or "settings"
-            message = first["msg"].removeprefix("Value error, ")
-            raise InputError(f"setting {key}: {message}; see cryoai reconstruct --help") from None
+            raise describe(error) from None
 
     def to_toml(self) -> str:
         return tomli_w.dumps(self.model_dump(exclude_none=True))
@@ -176,12 +174,21 @@ _PRESETS: dict[Preset, dict[str, Any]] = {
             "sleep_batch_size": 0,
             "encoder_width": 64,
             "volume_oversampling": 2,
+            "wake_batch_size": 64,
             "learning_rate": 1e-4,
             "n_steps": 5000,
         },
         "placement": {"n_iterations": 0},
     },
 }
+
+
+def describe(error: ValidationError) -> InputError:
+    """The first fault of refused settings, in one line."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"]) or "stages"
+    message = first["msg"].removeprefix("Value error, ")
+    return InputError(f"setting {key}: {message}; see cryoai reconstruct --help")
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

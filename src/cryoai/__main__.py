@@ -1,0 +1,7 @@
+"""``python -m cryoai`` is the command ``cryoai``."""
+
+import sys
+
+from cryoai.cli import main
+
+sys.exit(main())

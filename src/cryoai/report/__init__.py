@@ -1,0 +1,1 @@
+"""Pictures of results; reads run folders and never runs anything."""
