@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import sys
 import traceback
@@ -22,11 +23,12 @@ from cryoai.alignment import FrameChange
 from cryoai.errors import InputError, RunFailedError
 from cryoai.evaluation import PoseErrors, map_errors, pose_errors
 from cryoai.formats.atoms import MODEL_SUFFIXES, read_model_as_map
+from cryoai.formats.files import make_empty_folder
 from cryoai.formats.mrc import MrcMap, read_map
 from cryoai.hardware import choose_device, matrix_dtype
 from cryoai.particles import ParticleStack, read_poses
 from cryoai.report.figures import draw_particles_and_map
-from cryoai.runs import RunFolder
+from cryoai.runs import RunFolder, finite_or_none
 from cryoai.simulation import Microscope, protein_like_phantom, resample_map, simulate
 from cryoai.training.loop import reconstruct
 from cryoai.training.settings import Preset, Settings, describe
@@ -57,9 +59,8 @@ def demo_command(*, out: Path = Path("demo"), seed: int = 0) -> None:
     seed
         Of the protein, the particles and the run.
     """
-    if out.exists() and any(out.iterdir()):
-        raise InputError(f"--out {out}: the folder is not empty; give a new one or remove it")
-    out.mkdir(parents=True, exist_ok=True)
+    _require_seed(seed)
+    make_empty_folder(out)
     print("Simulating 5,000 particles of a protein that never existed (64 px of 3.5 Å, SNR 1) ...", flush=True)
     made = simulate(
         protein_like_phantom(seed),
@@ -126,11 +127,16 @@ def simulate_command(
     shift_std
         Standard deviation of the shifts in each axis, in Å.
     """
-    for flag, value in (("--n-particles", n_particles), ("--pixel-size", pixel_size), ("--snr", snr)):
-        if not value > 0:
-            raise InputError(f"{flag} {value}: must be positive")
-    if box < 32 or box % 2:
-        raise InputError(f"--box {box}: an even number of at least 32 is needed")
+    positive = {"--n-particles": n_particles, "--pixel-size": pixel_size, "--snr": snr, "--voltage": voltage}
+    for flag, value in positive.items():
+        _require(0 < value < math.inf, f"{flag} {value}: must be positive and finite")
+    low, high = defocus_range
+    _require(-math.inf < low <= high < math.inf, f"--defocus-range {low} {high}: two finite numbers in order")
+    _require(0 <= amplitude_contrast <= 1, f"--amplitude-contrast {amplitude_contrast}: must be from 0 to 1")
+    _require(0 <= shift_std < math.inf, f"--shift-std {shift_std}: must be finite and not negative")
+    _require(math.isfinite(spherical_aberration), f"--spherical-aberration {spherical_aberration}: must be finite")
+    _require(box >= 32 and box % 2 == 0, f"--box {box}: an even number of at least 32 is needed")
+    _require_seed(seed)
     source = _read_source(model, pixel_size)
     microscope = Microscope(
         voltage_in_kilovolts=voltage,
@@ -139,7 +145,7 @@ def simulate_command(
         defocus_range_in_angstroms=defocus_range,
         defocus_table=None if defocus_table is None else _read_defocus_table(defocus_table),
     )
-    _make_empty(out_dir)
+    make_empty_folder(out_dir)
     made = simulate(
         source,
         out_dir,
@@ -222,6 +228,15 @@ def info_command() -> None:
 # ------------------------------------------------------------------------------ shared
 
 
+def _require(fulfilled: bool, rule: str) -> None:
+    if not fulfilled:
+        raise InputError(rule)
+
+
+def _require_seed(seed: int) -> None:
+    _require(0 <= seed < 2**31, f"--seed {seed}: must be from 0 to {2**31 - 1}")
+
+
 def _evaluate(run: RunFolder, truth: Path, true_map: Path | None, *, as_json: bool = False) -> None:
     true_poses = read_poses(truth)
     poses = read_poses(run.particles)
@@ -248,8 +263,9 @@ def _evaluate(run: RunFolder, truth: Path, true_map: Path | None, *, as_json: bo
         )
     print(f"hand: {'mirrored (images alone cannot tell)' if final.mirrored else 'as in the truth'}")
     if "map" in report:
-        at_half, at_0143 = report["map"]["resolution_at_fsc_0.5"], report["map"]["resolution_at_fsc_0.143"]
-        print(f"map against truth: FSC 0.5 at {at_half} Å, 0.143 at {at_0143} Å")
+        for threshold in ("0.5", "0.143"):
+            period = report["map"][f"resolution_at_fsc_{threshold}"]
+            print(f"map against truth: FSC {threshold} at {'no shell' if period is None else f'{period:.1f} Å'}")
 
 
 def _numbers(errors: PoseErrors) -> dict[str, float | bool]:
@@ -263,8 +279,8 @@ def _map_report(run: RunFolder, true_map: Path, frame: FrameChange) -> dict[str,
         truth = resample_map(truth, n, pixel_size)
     errors = map_errors(torch.from_numpy(found.density), torch.from_numpy(truth.density), pixel_size, frame)
     return {
-        "resolution_at_fsc_0.5": round(errors.resolution_at_half_in_angstroms, 3),
-        "resolution_at_fsc_0.143": round(errors.resolution_at_0143_in_angstroms, 3),
+        "resolution_at_fsc_0.5": finite_or_none(errors.resolution_at_half_in_angstroms),
+        "resolution_at_fsc_0.143": finite_or_none(errors.resolution_at_0143_in_angstroms),
         "nyquist_in_angstroms": 2 * pixel_size,
         "fsc": [round(float(value), 5) for value in errors.fsc],
     }
@@ -289,15 +305,6 @@ def _read_defocus_table(path: Path) -> NDArray[np.float64]:
     return np.asarray(table, dtype=np.float64)
 
 
-def _make_empty(folder: Path) -> None:
-    try:
-        if folder.is_dir() and any(folder.iterdir()):
-            raise InputError(f"{folder}: the folder is not empty; give a new one or remove it")
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot make the folder ({error.strerror}); give another place") from None
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0 done, 1 the run failed, 2 bad input or usage."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)
@@ -310,6 +317,10 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(describe(error.__cause__) if isinstance(error.__cause__, ValidationError) else error, 2, debug)
     except RunFailedError as error:
         return _fail(error, 1, debug)
+    except PermissionError as error:
+        return _fail(InputError(f"{error.filename}: no permission to write; give another place"), 2, debug)
+    except OSError as error:
+        return _fail(RunFailedError(f"{error.filename or 'input or output'}: {error.strerror}"), 1, debug)
     except KeyboardInterrupt:
         print("cryoai: stopped", file=sys.stderr)
         return 130

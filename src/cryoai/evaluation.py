@@ -38,6 +38,7 @@ def pose_errors(found: Poses, truth: Poses) -> PoseErrors:
 
     Examples
     --------
+    >>> import torch
     >>> from cryoai.poses import rotation_grid
     >>> truth = Poses(rotation_grid(100), torch.zeros(100, 2))
     >>> turned = Poses(rotation_grid(100)[7] @ truth.rotations, truth.shifts_in_angstroms)
@@ -91,6 +92,7 @@ def resolution_in_angstroms(fsc: Tensor, threshold: float, pixel_size_in_angstro
 
     Examples
     --------
+    >>> import torch
     >>> resolution_in_angstroms(torch.tensor([1.0, 0.9, 0.8, 0.3, 0.6]), 0.5, pixel_size_in_angstroms=2.0)
     8.0
     """

@@ -74,7 +74,7 @@ def rotations_from_euler_angles(angles_in_degrees: Tensor) -> Tensor:
 
     Examples
     --------
-    >>> rotations_from_euler_angles(torch.tensor([0.0, 0.0, 90.0])) @ torch.tensor([1.0, 0, 0])
+    >>> (rotations_from_euler_angles(torch.tensor([0.0, 0.0, 90.0])) @ torch.tensor([1.0, 0, 0])).round(decimals=5)
     tensor([0., 1., 0.])
     """
     return roma.euler_to_rotmat("ZYZ", angles_in_degrees.double(), degrees=True).to(angles_in_degrees.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import shutil
 import sys
@@ -14,10 +15,15 @@ import numpy as np
 from torch import Tensor
 
 from cryoai.errors import InputError
-from cryoai.formats.files import atomic_path
+from cryoai.formats.files import atomic_path, make_empty_folder
 from cryoai.formats.mrc import write_map
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "finite_or_none"]
+
+
+def finite_or_none(value: float) -> float | None:
+    """The value to three digits after the point; None for what JSON cannot hold."""
+    return round(value, 3) if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
@@ -33,19 +39,11 @@ class RunFolder:
         Raises
         ------
         InputError
-            If it holds anything already, or cannot be made.
+            If it holds anything already, or cannot be made or written to.
         """
-        try:
-            if path.is_dir() and any(path.iterdir()):
-                raise InputError(f"{path}: the run folder is not empty; give a new one or remove it")
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{path}: cannot make the run folder ({error.strerror}); give another place") from None
+        make_empty_folder(path)
         run = cls(path)
-        try:
-            run.write_text(run.command, shlex.join(sys.argv) + "\n")
-        except OSError as error:
-            raise InputError(f"{path}: cannot write to the run folder ({error.strerror}); give another place") from None
+        run.write_text(run.command, shlex.join(sys.argv) + "\n")
         return run
 
     @classmethod

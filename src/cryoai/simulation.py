@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cryoai.errors import InputError
 from cryoai.formats.mrc import MrcMap, StackWriter, write_map
 from cryoai.formats.star import write_blocks
 from cryoai.fourier import FourierDisc, invert_transform, translation_phases
@@ -222,6 +223,8 @@ def simulate(
         return disc.to_images(_project(source, poses[index], optics[index], disc))
 
     pilot = clean_images(slice(0, _PILOT)).var(dim=(1, 2)).mean()
+    if not pilot > 0:
+        raise InputError("the map is empty: its projections have no variance; give one with density")
     gain = float((snr / pilot).sqrt())
     signal_power = 0.0
     stack = out_dir / "particles.mrcs"

@@ -75,18 +75,9 @@ class AbstractVolume(nn.Module, ABC):
     def sampled(self, max_radius: int) -> SampledVolume:
         """The volume on a lattice, from which any number of slices costs little. Differentiable."""
 
-    @torch.no_grad()
+    @abstractmethod
     def to_map(self, max_radius: int) -> Tensor:
-        """The density (n, n, n), band-limited to ``max_radius``."""
-        lattice = HalfLattice(self.n_pixels, max_radius, 1)
-        device = next(self.parameters()).device
-        points = lattice.frequencies(device=device)
-        inside = lattice.radii(device=device) < max_radius + 0.5
-        values = torch.zeros(len(points), dtype=torch.complex64, device=device)
-        values[inside] = self(points[inside])
-        density = invert_transform(lattice.fill_in(values), self.n_pixels)
-        # What is trained is what interpolation makes of the lattice.
-        return density * trilinear_falloff(self.n_pixels, self.sampling_oversampling, device=device)
+        """The density (n, n, n), band-limited to ``max_radius``; without gradient."""
 
 
 class FourierNetVolume(AbstractVolume):
@@ -128,6 +119,17 @@ class FourierNetVolume(AbstractVolume):
         sign = torch.where(mirrored, -1.0, 1.0) * torch.where(at_origin, 0.0, 1.0)
         return torch.complex(real, imaginary * sign)
 
+    @torch.no_grad()
+    def to_map(self, max_radius: int) -> Tensor:
+        lattice = HalfLattice(self.n_pixels, max_radius, 1)
+        device = next(self.parameters()).device
+        inside = lattice.radii(device=device) < max_radius + 0.5
+        values = torch.zeros(lattice.n_points, dtype=torch.complex64, device=device)
+        values[inside] = self(lattice.frequencies(device=device)[inside])
+        density = invert_transform(lattice.fill_in(values), self.n_pixels)
+        # What was trained is what interpolation makes of the lattice.
+        return density * trilinear_falloff(self.n_pixels, self.sampling_oversampling, device=device)
+
     def sampled(self, max_radius: int) -> SampledVolume:
         lattice = HalfLattice(self.n_pixels, max_radius, self.sampling_oversampling)
         device = next(self.parameters()).device
@@ -151,6 +153,13 @@ class VoxelVolume(AbstractVolume):
     def forward(self, frequencies: Tensor) -> Tensor:
         radius = math.ceil(float(frequencies.detach().abs().max()) * math.sqrt(3) * self.n_pixels)
         return self.sampled(min(radius, self.n_pixels // 2))(frequencies)
+
+    @torch.no_grad()
+    def to_map(self, max_radius: int) -> Tensor:
+        lattice = HalfLattice(self.n_pixels, max_radius, 1)
+        values = lattice.cut_out(transform_map(self.density))
+        inside = lattice.radii(device=values.device) < max_radius + 0.5
+        return invert_transform(lattice.fill_in(torch.where(inside, values, 0)), self.n_pixels)
 
     def sampled(self, max_radius: int) -> SampledVolume:
         return SampledVolume.from_map(self.density, max_radius, oversampling=self.sampling_oversampling)

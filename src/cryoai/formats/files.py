@@ -1,4 +1,4 @@
-"""Writing files so that no reader ever meets half of one."""
+"""Making folders and writing files so that no reader ever meets half of one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_path"]
+from cryoai.errors import InputError
+
+__all__ = ["atomic_path", "make_empty_folder"]
 
 
 @contextmanager
@@ -29,3 +31,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_empty_folder(path: Path) -> None:
+    """Make a folder for results; one that is there already must be empty.
+
+    Raises
+    ------
+    InputError
+        If it is not, or cannot be made or written to.
+    """
+    try:
+        if path.is_dir() and any(path.iterdir()):
+            raise InputError(f"{path}: the folder is not empty; give a new one or remove it")
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: cannot make or write to the folder ({error.strerror}); give another place") from None

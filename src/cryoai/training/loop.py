@@ -14,7 +14,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from cryoai import __version__
 from cryoai.bootstrap import BootstrapSchedule
 from cryoai.encoder import PoseEncoder
 from cryoai.errors import InputError, RunFailedError
@@ -24,11 +23,19 @@ from cryoai.model import CryoAI
 from cryoai.particles import ParticleStack, PreparedParticles, prepare_particles
 from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.reconstruction import HalfMaps
-from cryoai.runs import RunFolder
-from cryoai.training.amortized import Amortized
+from cryoai.runs import RunFolder, finite_or_none
 from cryoai.training.monitor import Monitor
 from cryoai.training.settings import Settings, StageName
-from cryoai.training.stages import Bootstrap, Estimate, Placement, Refinement, Stage, trial_poses
+from cryoai.training.stages import (
+    AGREEMENT_OF_EQUAL_MAPS,
+    Amortized,
+    Bootstrap,
+    Estimate,
+    Placement,
+    Refinement,
+    Stage,
+    trial_poses,
+)
 from cryoai.volumes import FourierNetVolume
 
 __all__ = ["PoseSources", "Reconstruction", "reconstruct"]
@@ -102,7 +109,7 @@ def reconstruct(particles: ParticleStack, run: str | Path, settings: Settings | 
     >>> result.resolution_in_angstroms                          # doctest: +SKIP
     11.0
     """
-    settings = settings or Settings()
+    settings = (settings or Settings()).checked()
     box = _working_box(particles, settings)
     device = choose_device(settings.device)
     folder = RunFolder.create(Path(run))
@@ -264,7 +271,7 @@ def _build_amortized(
 
 
 def _check_finite(stage: Stage, headline: str) -> None:
-    if "nan" in headline.lower():
+    if "nan" in headline.lower() or "inf" in headline.lower():
         raise RunFailedError(f"{stage.name}: the numbers are no longer finite ({headline}); try another --seed")
 
 
@@ -322,12 +329,12 @@ def _write(
     run.write_json(
         run.summary,
         {
-            "cryoai": __version__,
+            "cryoai": version("cryoai"),
             "particles": str(stack.table.path),
             "n_particles": stack.n_particles,
             "box_in_pixels": particles.n_pixels,
             "pixel_size_in_angstroms": pixel_size,
-            "resolution_in_angstroms": _finite_or_none(result.resolution_in_angstroms),
+            "resolution_in_angstroms": finite_or_none(result.resolution_in_angstroms),
             "halves_are_independent": result.halves_are_independent,
             "start_agreement": result.start_agreement,
             "contrast": asdict(particles.contrast),
@@ -348,12 +355,12 @@ def _save_weights(module: nn.Module, path: Path) -> None:
         safetensors.torch.save_file({k: v.contiguous() for k, v in module.state_dict().items()}, temporary)
 
 
-def _finite_or_none(value: float) -> float | None:
-    return value if np.isfinite(value) else None
-
-
 def _verdict(result: Reconstruction) -> str:
     halves = "independent half maps" if result.halves_are_independent else "half maps (of poses from one common map)"
     agreement = result.start_agreement
-    starts = "" if agreement is None else f"; two starts from nothing agree on {agreement:.0%} of the poses"
+    starts = ""
+    if agreement is not None:
+        starts = f"; two starts from nothing agree on {agreement:.0%} of the poses"
+        if agreement < AGREEMENT_OF_EQUAL_MAPS:
+            starts += " (too few: trust this map only if the molecule is symmetric)"
     return f"resolution {result.resolution_in_angstroms:.1f} Å by {halves}{starts}; see {result.run.path}"

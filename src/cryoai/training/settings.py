@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cryoai.errors import InputError
 
@@ -52,12 +52,6 @@ class BootstrapSettings(_Frozen):
     max_images: Annotated[int, Field(ge=50)] = 20_000
     """Random images that the search may draw from; the others are not read."""
 
-    @model_validator(mode="after")
-    def _starts_in_order(self) -> BootstrapSettings:
-        if self.max_starts < self.n_starts:
-            raise ValueError(f"max_starts is {self.max_starts}; at least n_starts, {self.n_starts}, are needed")
-        return self
-
 
 class AmortizedSettings(_Frozen):
     """The encoder and the implicit volume of CryoAI."""
@@ -82,20 +76,14 @@ class AmortizedSettings(_Frozen):
     """Synthetic images of the current volume in a step; 0 for none."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-3
     """Of the encoder; it rises over the first 5 % of the steps and falls as a cosine."""
-    volume_learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-4
-    """Of the volume, on the same schedule."""
+    volume_learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """Of the volume, on the same schedule; the map of Bootstrap needs little change, and its frame none."""
     n_fit_steps: Annotated[int, Field(ge=0)] = 200
     """Steps that fit the volume to the map of Bootstrap, if there is one, before training."""
     max_shift_in_boxes: Annotated[float, Field(gt=0, le=0.5)] = 0.1
     """Bound on the shifts of the encoder, as a fraction of the box."""
     shift_std_in_boxes: Annotated[float, Field(ge=0, le=0.2)] = 0.02
     """Standard deviation of the shifts of synthetic images in each axis, as a fraction of the box."""
-
-    @model_validator(mode="after")
-    def _band_in_box(self) -> AmortizedSettings:
-        if self.max_radius > self.box // 2:
-            raise ValueError(f"max_radius is {self.max_radius}; at most box / 2 = {self.box // 2} is possible")
-        return self
 
 
 class PlacementSettings(_Frozen):
@@ -134,14 +122,29 @@ class Settings(_Frozen):
     placement: PlacementSettings = PlacementSettings()
     refinement: RefinementSettings = RefinementSettings()
 
-    @model_validator(mode="after")
-    def _stages_in_order(self) -> Settings:
+    def checked(self) -> Settings:
+        """These settings, if they fit together.
+
+        Raises
+        ------
+        InputError
+            If one does not fit another, with both named.
+        """
         order = ("bootstrap", "amortized", "refinement")
-        expected = tuple(name for name in order if name in self.stages)
-        if self.stages != expected:
-            raise ValueError(f"stages are {' '.join(self.stages)}; each once and in the order {' '.join(order)}")
+        if self.stages != tuple(name for name in order if name in self.stages):
+            raise InputError(f"setting stages: {' '.join(self.stages)}; each once and in the order {' '.join(order)}")
         if not {"bootstrap", "amortized"} & set(self.stages):
-            raise ValueError("stages need bootstrap or amortized: without either there is no map to start from")
+            raise InputError(
+                "setting stages: bootstrap or amortized is needed; without either there is no map to start from"
+            )
+        n_starts, max_starts = self.bootstrap.n_starts, self.bootstrap.max_starts
+        if max_starts < n_starts:
+            raise InputError(f"setting bootstrap.max_starts: {max_starts}; at least n_starts, {n_starts}, is needed")
+        radius, box = self.amortized.max_radius, self.amortized.box
+        if radius > box // 2:
+            raise InputError(
+                f"setting amortized.max_radius: {radius}; at most half of the box, {box // 2}, is possible"
+            )
         return self
 
     @classmethod
@@ -151,13 +154,14 @@ class Settings(_Frozen):
         Raises
         ------
         InputError
-            If a key is unknown or a value out of range.
+            If a key is unknown, or a value out of range or unfit for another.
         """
         values = _merged(_PRESETS[preset], {} if file is None else _read_toml(file))
         try:
-            return cls.model_validate(_merged(values, given))
+            settings = cls.model_validate(_merged(values, given))
         except ValidationError as error:
             raise describe(error) from None
+        return settings.checked()
 
     def to_toml(self) -> str:
         return tomli_w.dumps(self.model_dump(exclude_none=True))
@@ -176,6 +180,7 @@ _PRESETS: dict[Preset, dict[str, Any]] = {
             "volume_oversampling": 2,
             "wake_batch_size": 64,
             "learning_rate": 1e-4,
+            "volume_learning_rate": 1e-4,
             "n_steps": 5000,
         },
         "placement": {"n_iterations": 0},
@@ -186,7 +191,7 @@ _PRESETS: dict[Preset, dict[str, Any]] = {
 def describe(error: ValidationError) -> InputError:
     """The first fault of refused settings, in one line."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"]) or "stages"
+    key = ".".join(str(part) for part in first["loc"]) or "settings"
     message = first["msg"].removeprefix("Value error, ")
     return InputError(f"setting {key}: {message}; see cryoai reconstruct --help")
 

@@ -21,7 +21,7 @@ from cryoai.model import CryoAI
 from cryoai.noise import NoiseSpectrum
 from cryoai.particles import ParticleBatch, PreparedParticles
 from cryoai.poses import Poses
-from cryoai.training.stages import Estimate
+from cryoai.training.stages.base import Estimate
 from cryoai.volumes import AbstractVolume, SampledVolume
 
 __all__ = ["Amortized", "AmortizedMetrics", "parameter_groups"]
@@ -37,6 +37,8 @@ _FIT_BATCH = 2048
 
 @dataclass(frozen=True)
 class AmortizedMetrics:
+    """What a step reports; NaN for what it did not compute."""
+
     step: int
     wake_loss: float
     sleep_loss: float

@@ -1,0 +1,235 @@
+"""From a STAR file to a run folder: a small run of all stages on simulated particles."""
+
+import csv
+import hashlib
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cryoai.alignment import FrameChange
+from cryoai.evaluation import map_errors, pose_errors
+from cryoai.formats.mrc import read_map
+from cryoai.particles import ParticleStack, read_poses
+from cryoai.simulation import protein_like_phantom, simulate
+from cryoai.training.loop import reconstruct
+from cryoai.training.settings import Settings
+from stacks import files_in, plain_parse
+
+pytestmark = pytest.mark.slow
+
+N, BOX, PIXEL = 1000, 32, 7.0
+SETTINGS = {
+    "bootstrap": {"n_steps": 60, "batch_size": 100, "n_rotations": 2304, "n_starts": 1, "max_starts": 1},
+    "amortized": {
+        "n_steps": 30,
+        "n_fit_steps": 50,
+        "wake_batch_size": 16,
+        "sleep_batch_size": 64,
+        "encoder_width": 8,
+        "n_hypotheses": 4,
+        "volume_width": 64,
+    },
+}
+SMALLEST = {
+    "bootstrap": {"n_steps": 10, "batch_size": 20, "n_rotations": 600, "n_starts": 1, "max_starts": 1},
+    "amortized": {
+        "n_steps": 2,
+        "n_fit_steps": 2,
+        "wake_batch_size": 4,
+        "sleep_batch_size": 4,
+        "encoder_width": 4,
+        "n_hypotheses": 2,
+        "volume_width": 16,
+    },
+    "placement": {"n_rotations": 600, "n_iterations": 1},
+    "refinement": {"max_rounds": 2, "n_iterations": 1},
+}
+
+
+def settings(values, **changes):
+    return Settings.assemble("auto", None, {**values, "device": "cpu", **changes})
+
+
+def checksums(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("particles")
+    options = {"n_pixels": BOX, "pixel_size_in_angstroms": PIXEL, "shift_standard_deviation_in_angstroms": 5.0}
+    return simulate(protein_like_phantom(0), folder, n_particles=N, snr=1.0, seed=0, **options)
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("few")
+    options = {"n_pixels": BOX, "pixel_size_in_angstroms": PIXEL}
+    return simulate(protein_like_phantom(1), folder, n_particles=60, snr=1.0, seed=0, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(simulated, tmp_path_factory):
+    """The result of the run, and the checksums of its input before."""
+    torch.set_num_threads(1)
+    before = checksums(simulated.particles.parent)
+    run = tmp_path_factory.mktemp("runs") / "first"
+    return reconstruct(ParticleStack.open(simulated.particles), run, settings(SETTINGS)), before
+
+
+@pytest.fixture(scope="module")
+def result(finished):
+    return finished[0]
+
+
+def test_most_poses_are_right(result, simulated):
+    truth = read_poses(simulated.truth)
+    errors = pose_errors(result.poses, truth)
+    assert errors.median_rotation_error_in_degrees < 5
+    assert errors.within_10_degrees > 0.8
+    assert errors.median_shift_error_in_angstroms < 0.5 * PIXEL
+
+
+def test_the_half_maps_agree_nearly_to_nyquist_and_the_map_is_the_true_one(result, simulated):
+    assert result.halves_are_independent
+    assert result.half_maps.n_resolved_shells >= BOX // 2 - 2
+    expected = BOX * PIXEL / result.half_maps.n_resolved_shells
+    assert result.resolution_in_angstroms == pytest.approx(expected)
+    frame = pose_errors(result.poses, read_poses(simulated.truth)).frame
+    truth = torch.from_numpy(read_map(simulated.true_map).density)
+    errors = map_errors(result.map, truth, PIXEL, frame)
+    assert errors.resolution_at_half_in_angstroms < 24
+    # The density is that of the truth, bright where it is bright.
+    assert errors.fsc[1:8].min() > 0.8
+    unmoved = map_errors(result.map, truth, PIXEL, FrameChange(torch.eye(3), not frame.mirrored, torch.zeros(3)))
+    assert unmoved.fsc[1:8].mean() < errors.fsc[1:8].mean()
+
+
+def test_the_input_is_left_as_it_was(finished, simulated):
+    assert checksums(simulated.particles.parent) == finished[1]
+
+
+def test_the_run_folder_holds_what_it_promises_and_no_scratch_file(result):
+    assert files_in(result.run.path) == [
+        "command.txt",
+        "encoder.safetensors",
+        "encoder_particles.star",
+        "fsc.csv",
+        "half_map_1.mrc",
+        "half_map_2.mrc",
+        "log.txt",
+        "map.mrc",
+        "mask.mrc",
+        "metrics.jsonl",
+        "particles.star",
+        "settings.toml",
+        "summary.json",
+        "tensorboard",
+        "volume.safetensors",
+    ]
+    assert list(result.run.tensorboard.iterdir())
+
+
+def test_maps_and_curve_on_disk_are_those_of_the_result(result):
+    pairs = [(result.run.map, result.map), (result.run.mask, result.half_maps.mask)]
+    pairs += zip(result.run.half_maps, (result.half_maps.first, result.half_maps.second), strict=True)
+    for path, density in pairs:
+        found = read_map(path)
+        np.testing.assert_array_equal(found.density, density.numpy())
+        assert found.pixel_size_in_angstroms == pytest.approx(PIXEL)
+    with result.run.fsc.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["shell"]) for row in rows] == list(range(BOX // 2 + 1))
+    np.testing.assert_allclose([float(row["fsc"]) for row in rows], result.half_maps.fsc.numpy(), atol=1e-6)
+    assert float(rows[-1]["period_in_angstroms"]) == pytest.approx(2 * PIXEL)
+
+
+def test_the_particles_come_back_row_by_row_with_poses_and_half_sets(result, simulated):
+    before, after = (plain_parse(path)["particles"] for path in (simulated.particles, result.run.particles))
+    for column, cells in before.items():
+        assert after[column] == cells
+    added = ["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi", "rlnOriginXAngst", "rlnOriginYAngst", "rlnRandomSubset"]
+    assert sorted(set(after) - set(before)) == sorted(added)
+    assert sorted(set(after["rlnRandomSubset"])) == ["1", "2"]
+    assert after["rlnRandomSubset"].count("1") == N // 2
+    poses = read_poses(result.run.particles)
+    torch.testing.assert_close(poses.rotations, result.poses.rotations, atol=1e-5, rtol=0)
+    torch.testing.assert_close(poses.shifts_in_angstroms, result.poses.shifts_in_angstroms, atol=1e-4, rtol=0)
+    encoder = plain_parse(result.run.encoder_particles)["particles"]
+    assert encoder["rlnImageName"] == before["rlnImageName"]
+    assert encoder["rlnAngleRot"] != after["rlnAngleRot"]
+
+
+def test_the_summary_counts_every_particle(result):
+    summary = json.loads(result.run.summary.read_text())
+    sources = summary["pose_sources"]
+    assert sources["from_encoder"] + sources["from_search"] == summary["n_particles"] == N
+    assert 0 <= sources["encoder_and_search_agree"] <= N
+    assert 0 <= sources["moved_by_refinement"] <= N
+    assert sources["from_search"] == result.sources.from_search > 0
+    assert (summary["box_in_pixels"], summary["pixel_size_in_angstroms"]) == (BOX, PIXEL)
+    assert summary["resolution_in_angstroms"] == pytest.approx(result.resolution_in_angstroms)
+    assert summary["contrast"]["sign"] == 1
+    assert summary["start_agreement"] is None
+    seconds = summary["seconds_per_stage"]
+    assert list(seconds) == ["prepare", "bootstrap", "amortized", "placement", "refinement"]
+    assert sum(seconds.values()) <= summary["seconds"] + 0.1
+
+
+def test_every_step_of_every_stage_is_in_the_metrics(result):
+    lines = [json.loads(line) for line in result.run.metrics.read_text().splitlines()]
+    assert all(math.isfinite(v) for line in lines for v in line.values() if isinstance(v, float))
+    counts = {stage: sum(line["stage"] == stage for line in lines) for stage in ("bootstrap", "amortized", "placement")}
+    assert counts["bootstrap"] == SETTINGS["bootstrap"]["n_steps"]
+    assert counts["amortized"] == SETTINGS["amortized"]["n_fit_steps"] + SETTINGS["amortized"]["n_steps"]
+    assert counts["placement"] == 4  # chunks of 256 that never mix the halves
+    assert [line["seconds"] for line in lines] == sorted(line["seconds"] for line in lines)
+    for stage in ("prepare", "bootstrap", "amortized", "placement", "refinement"):
+        assert f"{stage:<10} done" in result.run.log.read_text(encoding="utf-8")
+
+
+def test_the_settings_on_disk_repeat_the_run(result):
+    assert Settings.assemble("auto", result.run.settings, {}) == settings(SETTINGS)
+
+
+def test_the_weights_on_disk_are_whole(result):
+    encoder, volume = (load_file(path) for path in (result.run.encoder_weights, result.run.volume_weights))
+    assert encoder["features.0.weight"].shape == (8, 5, 3, 3)
+    assert sum(name.endswith("5.weight") for name in encoder if name.startswith("rotation_heads")) == 4
+    assert volume["modulant.output.weight"].shape == (2, 64)
+    assert all(torch.isfinite(value).all() for value in (*encoder.values(), *volume.values()))
+
+
+def test_one_seed_gives_one_result_to_the_last_bit_and_another_seed_another(few, tmp_path):
+    found = [
+        reconstruct(ParticleStack.open(few.particles), tmp_path / str(i), settings(SMALLEST, seed=seed))
+        for i, seed in enumerate((5, 5, 6))
+    ]
+    assert torch.equal(found[0].poses.rotations, found[1].poses.rotations)
+    assert torch.equal(found[0].poses.shifts_in_angstroms, found[1].poses.shifts_in_angstroms)
+    assert torch.equal(found[0].map, found[1].map)
+    assert not torch.equal(found[0].poses.rotations, found[2].poses.rotations)
+    assert plain_parse(found[0].run.particles) == plain_parse(found[1].run.particles)
+
+
+@pytest.mark.parametrize(
+    ("stages", "independent", "with_encoder"),
+    [
+        (("bootstrap",), False, False),
+        (("amortized",), False, True),
+        (("bootstrap", "refinement"), True, False),
+        (("amortized", "refinement"), True, True),
+    ],
+)
+def test_any_choice_of_stages_leads_to_a_map(few, tmp_path, stages, independent, with_encoder):
+    particles = ParticleStack.open(few.particles)
+    found = reconstruct(particles, tmp_path / "run", settings(SMALLEST, stages=stages))
+    assert torch.isfinite(found.map).all()
+    assert found.halves_are_independent == independent
+    assert found.run.encoder_weights.exists() == found.run.encoder_particles.exists() == with_encoder
+    assert found.sources.from_encoder == (60 if stages[0] == "amortized" else 0)
+    assert found.run.summary.is_file()
