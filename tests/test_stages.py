@@ -151,7 +151,12 @@ def test_every_particle_is_placed_once_and_in_its_row(images, truth, reference, 
     again = HalfSets.empty(BOX)
     for half, sums in enumerate(again.sums):
         chosen = (half == HALF_SET).nonzero().flatten()
-        sums.add(particles.batch(chosen), placed.poses[chosen], full, stage.power.precision(full))
+        sums.add(
+            particles.batch(chosen),
+            placed.poses[chosen],
+            full,
+            particles.power(torch.arange(particles.n_particles), full.max_radius).precision(full),
+        )
         found = stage.result().half_sets.sums[half].sums
         torch.testing.assert_close(found, sums.sums, rtol=1e-3, atol=1e-4 * float(sums.sums.abs().max()))
 

@@ -132,7 +132,8 @@ class StochasticSearch:
         self.trials = TrialPoses.grid(schedule.n_rotations // 2, shifts)
         self.mask = soft_sphere(n, 0.45 * n - 3, 3, device=device)
         self.sums = ReconstructionSums.empty(n, schedule.last_radius, device=device)
-        self.noise = self._power_of_images()
+        # Before there is a map everything is noise.
+        self.noise = particles.power(subset, schedule.last_radius)
         self.density = torch.zeros((n, n, n), device=device)
 
     @property
@@ -156,12 +157,6 @@ class StochasticSearch:
     def reference(self) -> Reference:
         """The current map, to be posed against."""
         return Reference(self.density, self.schedule.radius(self.steps_done), self.noise)
-
-    def _power_of_images(self) -> NoiseSpectrum:
-        """Before there is a map everything is noise."""
-        imaging = self.particles.imaging(self.schedule.last_radius)
-        batch = self.particles.batch(self.subset[:2000], imaging.max_radius)
-        return NoiseSpectrum.of_residuals(batch.coefficients, imaging)
 
     def _draw_batch(self, imaging: ImagingModel) -> ParticleBatch:
         size = min(self.schedule.batch_size, len(self.subset))

@@ -18,6 +18,7 @@ from cryoai.formats.mrc import MrcStack, open_stack
 from cryoai.formats.star import ParticleTable, PoseColumns, read_particles, write_particles
 from cryoai.fourier import FourierDisc
 from cryoai.imaging import ImagingModel
+from cryoai.noise import NoiseSpectrum
 from cryoai.optics import Optics, contrast_transfer_function
 from cryoai.poses import Poses, rotations_from_euler_angles, rotations_to_euler_angles
 
@@ -26,6 +27,7 @@ __all__ = ["ContrastSign", "ParticleBatch", "ParticleStack", "PreparedParticles"
 _SMALLEST_BOX = 32
 _OPEN_FILES = 64
 _CHUNK = 256
+_PILOT = 2000
 # Outside this fraction of half the box an image is taken to show no particle.
 _BACKGROUND_RADIUS = 0.9
 
@@ -295,6 +297,11 @@ class PreparedParticles:
     def imaging(self, max_radius: int) -> ImagingModel:
         """The imaging model of these particles up to a band limit."""
         return ImagingModel(self.disc, self.pixel_size_in_angstroms, min(max_radius, self.disc.max_radius))
+
+    def power(self, rows: Tensor, max_radius: int) -> NoiseSpectrum:
+        """Mean power of at most 2,000 of the given particles: the noise, as long as there is no map."""
+        batch = self.batch(rows[:_PILOT], max_radius)
+        return NoiseSpectrum.of_residuals(batch.coefficients, self.imaging(max_radius))
 
     def batch(self, indices: Tensor, max_radius: int | None = None) -> ParticleBatch:
         """The particles of rows ``indices`` (B,), in that order, up to a band limit."""

@@ -18,7 +18,6 @@ from cryoai.bootstrap import Reference
 from cryoai.hardware import fast_matrices
 from cryoai.losses import pose_loss
 from cryoai.model import CryoAI
-from cryoai.noise import NoiseSpectrum
 from cryoai.particles import ParticleBatch, PreparedParticles
 from cryoai.poses import Poses
 from cryoai.training.stages.base import Estimate
@@ -94,7 +93,10 @@ class Amortized:
         self.steps_done = 0
         self.target = None if estimate.reference is None else _target(estimate.reference, model)
         self.fit_steps_left = 0 if self.target is None else n_fit_steps
-        self.noise = _power(particles, model) if estimate.reference is None else estimate.reference.noise
+        if estimate.reference is None:
+            self.noise = particles.power(torch.arange(particles.n_particles), model.imaging.max_radius)
+        else:
+            self.noise = estimate.reference.noise
         self.precision = self.noise.precision(model.imaging)
         # Of one kind of coefficient a complex normal of variance one has half in each part.
         self.deviation = (self.noise.variance[model.imaging.shells] / 2).sqrt()
@@ -227,9 +229,3 @@ def _target(reference: Reference, model: CryoAI) -> Target:
     return Target(
         sampled.lattice.frequencies(device=values.device)[inside], values, 1 / reference.noise.variance[shells]
     )
-
-
-def _power(particles: PreparedParticles, model: CryoAI) -> NoiseSpectrum:
-    """Without a map everything in the images is noise."""
-    batch = particles.batch(torch.arange(min(2000, particles.n_particles)), model.imaging.max_radius)
-    return NoiseSpectrum.of_residuals(batch.coefficients, model.imaging)

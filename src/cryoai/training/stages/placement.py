@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from cryoai.bootstrap import BootstrapSchedule, search_box
-from cryoai.noise import NoiseSpectrum
 from cryoai.particles import ParticleBatch, PreparedParticles
 from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.reconstruction import HalfSets
@@ -45,8 +44,8 @@ class Placement:
     ----------
     half_set : (N,) int
         0 or 1 for every particle.
-    searches
-        Whether to search at all, beside the encoder; needed where there is no encoder.
+    trials
+        Poses to search; None to rely on the encoder.
     n_iterations
         Steps of local refinement of each proposal at each of three band limits; 0 for none.
     """
@@ -67,28 +66,30 @@ class Placement:
         self.particles = particles
         self.estimate = estimate
         self.reference = estimate.reference
-        self.trials = trials
         self.n_iterations = n_iterations
         self.half_set = half_set
         self.chunks = chunks_of_halves(half_set)
         self.n_chunks_done = 0
         self.n_placed = 0
         self.coarse = particles.cropped(search_box(self.reference.max_radius, particles.n_pixels))
-        self.coarse_reference = self.reference.at_box(self.coarse.n_pixels)
-        self.volume = self.coarse_reference.sampled()
+        self.volume = self.reference.at_box(self.coarse.n_pixels).sampled()
         radius = self.reference.max_radius
         self.radii = sorted({max(4, radius // 2), max(4, 3 * radius // 4), radius})
         device = particles.disc.device
         imaging = self.coarse.imaging(radius)
         self.templates = None if trials is None else Templates.of(self.volume, trials, imaging)
-        self.power = NoiseSpectrum.of_residuals(
-            particles.batch(torch.arange(min(2000, particles.n_particles))).coefficients,
-            particles.imaging(particles.disc.max_radius),
-        )
         n = particles.n_particles
+        self.full = particles.imaging(particles.disc.max_radius)
+        self.full_precision = particles.power(torch.arange(n), self.full.max_radius).precision(self.full)
         self.half_sets = HalfSets.empty(particles.n_pixels, device=device)
         self.poses = blank_poses(n, device)
         self.encoder_poses = None if estimate.model is None else blank_poses(n, device)
+        self.small, self.encoder_volume = None, None
+        if estimate.model is not None:
+            imaging = estimate.model.imaging
+            self.small = particles.cropped(imaging.disc.n_pixels)
+            # Lattices are in cycles per pixel: the same physical map, at the encoder's box.
+            self.encoder_volume = self.reference.at_box(imaging.disc.n_pixels).sampled(imaging.max_radius)
         self.from_encoder = torch.zeros(n, dtype=torch.bool, device=device)
         self.sources_agree = torch.zeros(n, dtype=torch.bool, device=device)
 
@@ -105,9 +106,8 @@ class Placement:
         rows = self.chunks[self.n_chunks_done]
         best = self._place(rows)
         assign_poses(self.poses, rows, best.poses)
-        full = self.particles.imaging(self.particles.disc.max_radius)
         sums = self.half_sets.sums[int(self.half_set[rows[0]])]
-        sums.add(self.particles.batch(rows), best.poses, full, self.power.precision(full))
+        sums.add(self.particles.batch(rows), best.poses, self.full, self.full_precision)
         self.n_chunks_done += 1
         self.n_placed += len(rows)
         return PlacementMetrics(
@@ -149,13 +149,12 @@ class Placement:
     def _encoded(self, rows: Tensor) -> Poses:
         model = self.estimate.model
         assert model is not None
-        small = self.particles.cropped(model.imaging.disc.n_pixels)
-        batch = small.batch(rows, model.imaging.max_radius)
+        assert self.small is not None
+        batch = self.small.batch(rows, model.imaging.max_radius)
         precision = self.reference.noise.precision(model.imaging)
         hypotheses = model.propose(batch, precision)
-        # The same physical map; its lattice is in cycles per pixel of the encoder's box.
-        volume = self.reference.at_box(model.imaging.disc.n_pixels).sampled(model.imaging.max_radius)
-        return model.judge(batch, hypotheses, volume, precision).poses
+        assert self.encoder_volume is not None
+        return model.judge(batch, hypotheses, self.encoder_volume, precision).poses
 
     def _refined(self, batch: ParticleBatch, start: Poses) -> RefinedPoses:
         poses = start

@@ -63,9 +63,7 @@ class Refinement:
         )
         self.chunks = chunks_of_halves(half_set)
         self.full = particles.imaging(particles.disc.max_radius)
-        self.noise = NoiseSpectrum.of_residuals(
-            particles.batch(torch.arange(min(2000, particles.n_particles))).coefficients, self.full
-        )
+        self.noise = particles.power(torch.arange(particles.n_particles), self.full.max_radius)
         self.round = 0
         self.finished = False
         self.half_sets = estimate.half_sets
