@@ -8,6 +8,7 @@ from torch import nn
 
 from cryoai.bootstrap import Reference
 from cryoai.encoder import PoseEncoder
+from cryoai.errors import RunFailedError
 from cryoai.fourier import FourierDisc
 from cryoai.model import CryoAI
 from cryoai.noise import NoiseSpectrum
@@ -184,3 +185,10 @@ def test_the_learning_rate_rises_and_falls_and_never_reaches_zero(particles):
     assert factors[:5] == sorted(factors[:5])
     assert factors[6:] == sorted(factors[6:], reverse=True)
     assert factors[100] == pytest.approx(0.02)
+
+
+def test_training_that_diverges_ends_with_its_reason(particles, monkeypatch):
+    stage = make_stage(particles, make_model(particles))
+    monkeypatch.setattr(stage, "_wake_loss", lambda _volume: torch.tensor(float("nan")))
+    with pytest.raises(RunFailedError, match="is not finite"):
+        stage.step()

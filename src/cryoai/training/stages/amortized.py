@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cryoai.bootstrap import Reference
+from cryoai.errors import RunFailedError
 from cryoai.hardware import fast_matrices
 from cryoai.losses import pose_loss
 from cryoai.model import CryoAI
@@ -123,6 +124,11 @@ class Amortized:
             volume = self.model.volume.sampled(self.model.imaging.max_radius)
         wake = self._wake_loss(volume)
         sleep = self._sleep_loss(volume)
+        if not bool(torch.isfinite(wake + sleep)):
+            raise RunFailedError(
+                f"amortized: the loss of step {self.steps_done + 1} is not finite; "
+                "try another --seed or a lower --amortized.learning-rate"
+            )
         self.optimizer.zero_grad(set_to_none=True)
         (wake + sleep).backward()
         nn.utils.clip_grad_norm_(self.model.encoder.parameters(), _GRADIENT_NORM)
