@@ -25,7 +25,7 @@ from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.reconstruction import HalfMaps
 from cryoai.runs import RunFolder, finite_or_none
 from cryoai.training.monitor import Monitor
-from cryoai.training.settings import Settings, StageName
+from cryoai.training.settings import Settings
 from cryoai.training.stages import (
     AGREEMENT_OF_EQUAL_MAPS,
     Amortized,
@@ -123,14 +123,13 @@ def reconstruct(particles: ParticleStack, run: str | Path, settings: Settings | 
 
 
 def _run(stack: ParticleStack, folder: RunFolder, settings: Settings, box: int, device: torch.device) -> Reconstruction:
-    torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     half_set = _random_halves(stack.n_particles, generator)
     folder.write_text(folder.settings, settings.to_toml())
     with Monitor(folder) as monitor:
         particles = _prepare(stack, folder, settings, box, device, monitor)
         estimate = Estimate()
-        for name in (*_before_refinement(settings), "placement", *_refinement(settings)):
+        for name in _plan(settings):
             stage = _build(name, particles, estimate, half_set, settings, generator)
             monitor.begin(stage.name)
             while not stage.finished:
@@ -165,12 +164,10 @@ def _random_halves(n_particles: int, generator: torch.Generator) -> Tensor:
     return half_set
 
 
-def _before_refinement(settings: Settings) -> list[StageName]:
-    return [name for name in settings.stages if name != "refinement"]
-
-
-def _refinement(settings: Settings) -> list[StageName]:
-    return [name for name in settings.stages if name == "refinement"]
+def _plan(settings: Settings) -> list[str]:
+    """The stages to run: those chosen, and Placement before poses are refined or written."""
+    names: list[str] = [name for name in settings.stages if name != "refinement"]
+    return [*names, "placement", *settings.stages[len(names) :]]
 
 
 def _prepare(
@@ -242,18 +239,21 @@ def _build_amortized(
     imaging = small.imaging(chosen.max_radius)
     extent = small.n_pixels * small.pixel_size_in_angstroms
     pilot = small.batch(torch.arange(min(1000, small.n_particles)), chosen.max_radius).coefficients
-    encoder = PoseEncoder(
-        small.n_pixels,
-        n_hypotheses=chosen.n_hypotheses,
-        max_shift_in_angstroms=chosen.max_shift_in_boxes * extent,
-        width=chosen.encoder_width,
-    )
-    volume = FourierNetVolume(
-        small.n_pixels,
-        width=chosen.volume_width,
-        scale=float(pilot.abs().square().mean().sqrt()),
-        sampling_oversampling=chosen.volume_oversampling,
-    )
+    # Weights are drawn from the global generator: seed it, and leave it as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        encoder = PoseEncoder(
+            small.n_pixels,
+            n_hypotheses=chosen.n_hypotheses,
+            max_shift_in_angstroms=chosen.max_shift_in_boxes * extent,
+            width=chosen.encoder_width,
+        )
+        volume = FourierNetVolume(
+            small.n_pixels,
+            width=chosen.volume_width,
+            scale=float(pilot.abs().square().mean().sqrt()),
+            sampling_oversampling=chosen.volume_oversampling,
+        )
     return Amortized(
         small,
         estimate,
