@@ -77,7 +77,7 @@ def demo_command(*, out: Path = Path("demo"), seed: int = 0) -> None:
     _evaluate(result.run, made.truth, made.true_map)
     picture = out / "demo.png"
     images = particles.images(torch.arange(12)).numpy()
-    title = f"map from {particles.n_particles:,} particles, {result.resolution_in_angstroms:.1f} Å"
+    title = f"map from {particles.n_particles:,} particles, {result.half_map_agreement_in_angstroms:.1f} Å"
     draw_particles_and_map(picture, images, read_map(result.run.map), title)
     print(f"\nLook at {picture}, and open {result.run.map} in ChimeraX.")
 

@@ -21,9 +21,9 @@ from cryoai.formats.mrc import write_map
 __all__ = ["RunFolder", "finite_or_none"]
 
 
-def finite_or_none(value: float) -> float | None:
+def finite_or_none(value: float | None) -> float | None:
     """The value to three digits after the point; None for what JSON cannot hold."""
-    return round(value, 3) if math.isfinite(value) else None
+    return round(value, 3) if value is not None and math.isfinite(value) else None
 
 
 @dataclass(frozen=True)

@@ -72,10 +72,12 @@ class Reconstruction:
         Densities (n, n, n) at the working box.
     poses
         (N,), in the order of the particles.
-    resolution_in_angstroms
-        At which the FSC of the half maps falls below 0.143, within a soft sphere.
+    half_map_agreement_in_angstroms
+        Period at which the FSC of the half maps falls below 0.143, within a soft sphere; infinite if
+        no shell agrees.
     halves_are_independent
-        False where no Refinement was run: the poses then come from one common map.
+        False where no Refinement was run: the poses then come from one common map, half maps agree
+        whatever it is, and their agreement is no resolution.
     start_agreement
         Share of held-out particles that the two best agreeing starts of Bootstrap pose alike; None
         if there was only one.
@@ -85,11 +87,16 @@ class Reconstruction:
     half_maps: HalfMaps
     poses: Poses
     pixel_size_in_angstroms: float
-    resolution_in_angstroms: float
+    half_map_agreement_in_angstroms: float
     halves_are_independent: bool
     start_agreement: float | None
     sources: PoseSources
     run: RunFolder
+
+    @property
+    def resolution_in_angstroms(self) -> float | None:
+        """The agreement of the half maps, if they are independent."""
+        return self.half_map_agreement_in_angstroms if self.halves_are_independent else None
 
 
 def reconstruct(particles: ParticleStack, run: str | Path, settings: Settings | None = None) -> Reconstruction:
@@ -286,7 +293,7 @@ def _conclude(
         half_maps=half_maps,
         poses=placed.poses.to("cpu"),
         pixel_size_in_angstroms=particles.pixel_size_in_angstroms,
-        resolution_in_angstroms=half_maps.resolution_in_angstroms(particles.pixel_size_in_angstroms),
+        half_map_agreement_in_angstroms=half_maps.resolution_in_angstroms(particles.pixel_size_in_angstroms),
         halves_are_independent="refinement" in settings.stages,
         start_agreement=estimate.start_agreement,
         sources=PoseSources(
@@ -329,6 +336,7 @@ def _write(
             "box_in_pixels": particles.n_pixels,
             "pixel_size_in_angstroms": pixel_size,
             "resolution_in_angstroms": finite_or_none(result.resolution_in_angstroms),
+            "half_map_agreement_in_angstroms": finite_or_none(result.half_map_agreement_in_angstroms),
             "halves_are_independent": result.halves_are_independent,
             "start_agreement": result.start_agreement,
             "contrast": asdict(particles.contrast),
@@ -350,11 +358,14 @@ def _save_weights(module: nn.Module, path: Path) -> None:
 
 
 def _verdict(result: Reconstruction) -> str:
-    halves = "independent half maps" if result.halves_are_independent else "half maps (of poses from one common map)"
+    period = f"{result.half_map_agreement_in_angstroms:.1f} Å"
+    found = f"resolution {period} by independent half maps"
+    if not result.halves_are_independent:
+        found = f"half maps agree to {period}, but all poses come from one common map: no claim of resolution"
     agreement = result.start_agreement
     starts = ""
     if agreement is not None:
         starts = f"; two starts from nothing agree on {agreement:.0%} of the poses"
         if agreement < AGREEMENT_OF_EQUAL_MAPS:
             starts += " (too few: trust this map only if the molecule is symmetric)"
-    return f"resolution {result.resolution_in_angstroms:.1f} Å by {halves}{starts}; see {result.run.path}"
+    return f"{found}{starts}; see {result.run.path}"
