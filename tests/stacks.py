@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+import subprocess
 from pathlib import Path
 
 import mrcfile
@@ -142,3 +143,10 @@ def third_party_particles_renamed(tmp_path, folder, star, images):
     name = read_particles(star).images.names[0]
     (tmp_path / name).symlink_to(SHARED / "stacks" / folder / images)
     return ParticleStack.open(star, data_dir=tmp_path)
+
+
+def run_relion(program, folder, *arguments):
+    finished = subprocess.run(
+        [shutil.which(program), *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert finished.returncode == 0, finished.stderr

@@ -3,9 +3,6 @@
 Comments give what was measured: first as things are, then with the sign or axis reversed.
 """
 
-import shutil
-import subprocess
-
 import numpy as np
 import pytest
 import torch
@@ -34,6 +31,7 @@ from stacks import (
     needs_shared_data,
     particle_columns,
     plain_parse,
+    run_relion,
     third_party_array,
     third_party_particles,
     third_party_particles_renamed,
@@ -207,13 +205,6 @@ def test_power_spectra_of_real_images_show_the_ctf_listed_for_their_micrograph(b
 
 
 # ------------------------------------------------------------------------------ what RELION makes of ours
-
-
-def run_relion(program, folder, *arguments):
-    finished = subprocess.run(
-        [shutil.which(program), *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=120
-    )
-    assert finished.returncode == 0, finished.stderr
 
 
 @pytest.fixture(scope="module")
