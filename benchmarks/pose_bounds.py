@@ -5,7 +5,8 @@
 A STACK_FOLDER is what ``cryoai simulate`` made. For white noise of known variance the covariance of any
 unbiased estimate of (rotation, shift) is at least the inverse of the Fisher information, whose entries are
 inner products of the derivatives of the predicted image. The errors reported are drawn from a normal
-distribution with that covariance: their median is the best median that any method can reach.
+distribution with that covariance: their median is the best median that any method can reach. Beside it stands
+the resolution of the map reconstructed from the true poses, which no estimated poses can be expected to beat.
 """
 
 import argparse
@@ -19,24 +20,45 @@ from pathlib import Path
 
 import torch
 
-from cryoai.formats.mrc import read_map
+from cryoai.alignment import FrameChange
+from cryoai.evaluation import map_errors
+from cryoai.formats.mrc import MrcMap, read_map
 from cryoai.noise import NoiseSpectrum
-from cryoai.particles import ParticleStack, prepare_particles, read_poses
+from cryoai.particles import ParticleStack, PreparedParticles, prepare_particles, read_poses
+from cryoai.poses import Poses
+from cryoai.reconstruction import HalfSets
+from cryoai.runs import finite_or_none
 from cryoai.volumes import SampledVolume
 
 _N_IMAGES = 500
 _N_DRAWS = 200
 
 
-def bound(folder: Path) -> dict[str, float]:
+def bounds(folder: Path) -> dict[str, float | None]:
     stack = ParticleStack.open(folder / "particles.star")
     truth = read_map(folder / "truth.mrc")
+    poses = read_poses(folder / "truth.star")
     with tempfile.TemporaryDirectory() as scratch:
         particles = prepare_particles(stack, stack.n_pixels, Path(scratch) / "images")
-        rows = torch.arange(_N_IMAGES)
-        batch = particles.batch(rows)
+        return pose_bound(particles, poses, truth) | map_bound(particles, poses, truth)
+
+
+def map_bound(particles: PreparedParticles, poses: Poses, truth: MrcMap) -> dict[str, float | None]:
+    halves = HalfSets.empty(particles.n_pixels)
     imaging = particles.imaging(particles.disc.max_radius)
-    poses = read_poses(folder / "truth.star")[rows]
+    precision = particles.power(torch.arange(len(poses)), imaging.max_radius).precision(imaging)
+    for chunk, rows in enumerate(torch.arange(len(poses)).split(256)):
+        halves.sums[chunk % 2].add(particles.batch(rows), poses[rows], imaging, precision)
+    density = halves.combined(halves.half_maps())
+    unmoved = FrameChange(torch.eye(3), mirrored=False, shift=torch.zeros(3))
+    errors = map_errors(density, torch.from_numpy(truth.density), particles.pixel_size_in_angstroms, unmoved)
+    return {"map_from_true_poses_fsc_0.5_at_angstroms": finite_or_none(errors.resolution_at_half_in_angstroms)}
+
+
+def pose_bound(particles: PreparedParticles, all_poses: Poses, truth: MrcMap) -> dict[str, float | None]:
+    rows = torch.arange(_N_IMAGES)
+    batch, poses = particles.batch(rows), all_poses[rows]
+    imaging = particles.imaging(particles.disc.max_radius)
     volume = SampledVolume.from_map(torch.from_numpy(truth.density), imaging.max_radius, with_gradient=True)
     points = imaging.points(poses.rotations, batch.optics)
     values, gradients = volume.with_gradient(points)
@@ -69,7 +91,7 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     report: dict[str, object] = {"commit": commit, "date": time.strftime("%Y-%m-%d"), "machine": platform.machine()}
     for folder in given.folders:
-        report[folder.name] = bound(folder)
+        report[folder.name] = bounds(folder)
         print(folder.name, report[folder.name], flush=True)
     given.out.write_text(json.dumps(report, indent=1) + "\n")
 
