@@ -63,7 +63,9 @@ def main() -> None:
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
         "torch": torch.__version__,
-        "settings": {k: str(v) for k, v in vars(given).items() if k not in ("out", "maps")},
+        "settings": {
+            k: v.name if isinstance(v, Path) else str(v) for k, v in vars(given).items() if k not in ("out", "maps")
+        },
     }
     for source in given.maps:
         with tempfile.TemporaryDirectory() as folder:
