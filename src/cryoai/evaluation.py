@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cryoai.alignment import FrameChange, align_poses, change_frame
-from cryoai.fourier import fourier_shell_correlation
+from cryoai.fourier import fourier_shell_correlation, n_shells_above
 from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.reconstruction import particle_mask
 
@@ -96,6 +96,5 @@ def resolution_in_angstroms(fsc: Tensor, threshold: float, pixel_size_in_angstro
     >>> resolution_in_angstroms(torch.tensor([1.0, 0.9, 0.8, 0.3, 0.6]), 0.5, pixel_size_in_angstroms=2.0)
     8.0
     """
-    below = (fsc[1:] < threshold).nonzero().flatten()
-    last = int(below[0]) if len(below) else len(fsc) - 1
+    last = n_shells_above(fsc, threshold)
     return 2 * (len(fsc) - 1) * pixel_size_in_angstroms / last if last else math.inf

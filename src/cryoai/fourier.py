@@ -32,6 +32,7 @@ __all__ = [
     "HalfLattice",
     "fourier_shell_correlation",
     "invert_transform",
+    "n_shells_above",
     "resize_map",
     "shell_mean",
     "shell_sum",
@@ -325,6 +326,18 @@ def fourier_shell_correlation(first: Tensor, second: Tensor) -> Tensor:
 
     power = total(a.abs() ** 2) * total(b.abs() ** 2)
     return total((a * b.conj()).real) / power.sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def n_shells_above(correlation: Tensor, threshold: float) -> int:
+    """Number of shells, from 1 on, before a correlation (n // 2 + 1,) first falls below the threshold.
+
+    Examples
+    --------
+    >>> n_shells_above(torch.tensor([1.0, 0.9, 0.8, 0.3, 0.6]), 0.5)
+    2
+    """
+    below = (correlation[1:] < threshold).nonzero().flatten()
+    return int(below[0]) if len(below) else len(correlation) - 1
 
 
 @dataclass(frozen=True)

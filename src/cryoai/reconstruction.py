@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from cryoai.fourier import (
     HalfLattice,
     fourier_shell_correlation,
     invert_transform,
+    n_shells_above,
     shell_mean,
     soft_sphere,
     trilinear_falloff,
@@ -77,15 +79,19 @@ class ReconstructionSums:
     def __add__(self, other: ReconstructionSums) -> ReconstructionSums:
         return ReconstructionSums(self.lattice, self.sums + other.sums)
 
+    @cached_property
     def _shells(self) -> Tensor:
-        # The one spare shell beyond the band limit collects the corners of the lattice.
+        # Kept, because every solution needs it. The one spare shell beyond the band limit collects the
+        # corners of the lattice.
         radii = self.lattice.radii(device=self.sums.device)
         return (radii + 0.5).floor().long().clamp(max=self.lattice.max_radius + 1)
 
     def mean_weight(self) -> Tensor:
         """Mean denominator (max_radius + 1,) of each shell: the information gathered there."""
-        folded = self.lattice.fold(self.sums)
-        return shell_mean(folded[2], self._shells(), self.lattice.max_radius + 2)[:-1]
+        return self._mean_weight(self.lattice.fold(self.sums))
+
+    def _mean_weight(self, folded: Tensor) -> Tensor:
+        return shell_mean(folded[2], self._shells, self.lattice.max_radius + 2)[:-1]
 
     def solve(self, prior_precision: Tensor, *, max_radius: int | None = None) -> Tensor:
         """The map (n, n, n), given ``1 / t^2`` (max_radius + 1,) for every shell.
@@ -93,10 +99,10 @@ class ReconstructionSums:
         Shells beyond ``max_radius`` (default: the lattice's) are left empty.
         """
         limit = self.lattice.max_radius if max_radius is None else max_radius
-        shells = self._shells()
+        shells = self._shells
         folded = self.lattice.fold(self.sums)
         # A shell without any weight, such as the unused origin, is 0 / epsilon = 0.
-        floor = (_LEAST_WEIGHT * self.mean_weight()).clamp_min(1e-12)
+        floor = (_LEAST_WEIGHT * self._mean_weight(folded)).clamp_min(1e-12)
         inside = shells <= limit
         shells = shells[inside]
         weight = torch.maximum(folded[2, inside], floor[shells]) + prior_precision[shells]
@@ -153,9 +159,7 @@ class HalfSets:
         first, second = (sums.solve(no_prior) for sums in self.sums)
         mask = particle_mask(n, device=first.device)
         fsc = fourier_shell_correlation(first * mask, second * mask).float()
-        below = (fsc[1:] < 0.143).nonzero().flatten()
-        resolved = int(below[0]) if len(below) else n // 2
-        return HalfMaps(first, second, mask, fsc, resolved)
+        return HalfMaps(first, second, mask, fsc, n_shells_above(fsc, 0.143))
 
     def references(self, half_maps: HalfMaps, max_radius: int) -> tuple[Tensor, Tensor]:
         """Each half's own map (n, n, n), every shell weighted by what the FSC says of its signal."""

@@ -98,7 +98,7 @@ def _gauss_newton_step(
     turn = _clipped(step[:, :3], torch.as_tensor(1 / radius))
     extent = batch.optics.pixel_size_in_angstroms * imaging.disc.n_pixels
     move = _clipped(step[:, 3:], (_SHIFT_STEP_IN_PERIODS * extent / radius)[:, None])
-    here = RefinedPoses(poses, -(residual.abs().square() * precision).sum(-1))
+    here = RefinedPoses(poses, log_likelihood(observed, predicted, precision))
     rotations = roma.special_gramschmidt((roma.rotvec_to_rotmat(turn) @ poses.rotations)[..., :2])
     return here, Poses(rotations, poses.shifts_in_angstroms + move)
 
