@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cryoai.bootstrap import BootstrapSchedule, search_box
+from cryoai.bootstrap import BootstrapSchedule, Reference, search_box
+from cryoai.model import CryoAI
 from cryoai.particles import ParticleBatch, PreparedParticles
 from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.reconstruction import HalfSets
 from cryoai.refinement import RefinedPoses, refine_poses
 from cryoai.search import Templates, TrialPoses, search_poses, shift_grid
 from cryoai.training.stages.base import Estimate, ParticlePoses, assign_poses, blank_poses, chunks_of_halves
+from cryoai.volumes import SampledVolume
 
 __all__ = ["Placement", "PlacementMetrics", "trial_poses"]
 
@@ -83,13 +85,7 @@ class Placement:
         self.full_precision = particles.power(torch.arange(n), self.full.max_radius).precision(self.full)
         self.half_sets = HalfSets.empty(particles.n_pixels, device=device)
         self.poses = blank_poses(n, device)
-        self.encoder_poses = None if estimate.model is None else blank_poses(n, device)
-        self.small, self.encoder_volume = None, None
-        if estimate.model is not None:
-            imaging = estimate.model.imaging
-            self.small = particles.cropped(imaging.disc.n_pixels)
-            # Lattices are in cycles per pixel: the same physical map, at the encoder's box.
-            self.encoder_volume = self.reference.at_box(imaging.disc.n_pixels).sampled(imaging.max_radius)
+        self.encoder = None if estimate.model is None else _Encoder.of(estimate.model, particles, self.reference)
         self.from_encoder = torch.zeros(n, dtype=torch.bool, device=device)
         self.sources_agree = torch.zeros(n, dtype=torch.bool, device=device)
 
@@ -117,19 +113,17 @@ class Placement:
         )
 
     def result(self) -> Estimate:
-        placed = ParticlePoses(self.poses, self.from_encoder, self.sources_agree, self.encoder_poses, self.poses)
+        encoder_poses = None if self.encoder is None else self.encoder.poses
+        placed = ParticlePoses(self.poses, self.from_encoder, self.sources_agree, encoder_poses, self.poses)
         return replace(self.estimate, particles=placed, half_sets=self.half_sets)
 
     def _place(self, rows: Tensor) -> RefinedPoses:
         batch = self.coarse.batch(rows, self.reference.max_radius)
         proposals = []
         if self.templates is not None:
-            proposals.append(self._refined(batch, self._searched(batch)))
-        if self.estimate.model is not None:
-            encoded = self._encoded(rows)
-            assert self.encoder_poses is not None
-            assign_poses(self.encoder_poses, rows, encoded)
-            proposals.append(self._refined(batch, encoded))
+            proposals.append(self._refined(batch, self._searched(batch, self.templates)))
+        if self.encoder is not None:
+            proposals.append(self._refined(batch, self.encoder.place(rows)))
         index = rows.to(self.poses.rotations.device)
         if len(proposals) == 1:
             self.from_encoder[index] = self.templates is None
@@ -140,21 +134,10 @@ class Placement:
         self.sources_agree[index] = distance < _SAME_ANSWER_IN_DEGREES
         return searched.better_of(encoded_refined)
 
-    def _searched(self, batch: ParticleBatch) -> Poses:
+    def _searched(self, batch: ParticleBatch, templates: Templates) -> Poses:
         imaging = self.coarse.imaging(self.reference.max_radius)
-        assert self.templates is not None
         precision = self.reference.noise.precision(imaging)
-        return search_poses(batch, self.templates, imaging, precision, 1).poses[:, 0]
-
-    def _encoded(self, rows: Tensor) -> Poses:
-        model = self.estimate.model
-        assert model is not None
-        assert self.small is not None
-        batch = self.small.batch(rows, model.imaging.max_radius)
-        precision = self.reference.noise.precision(model.imaging)
-        hypotheses = model.propose(batch, precision)
-        assert self.encoder_volume is not None
-        return model.judge(batch, hypotheses, self.encoder_volume, precision).poses
+        return search_poses(batch, templates, imaging, precision, 1).poses[:, 0]
 
     def _refined(self, batch: ParticleBatch, start: Poses) -> RefinedPoses:
         poses = start
@@ -164,6 +147,38 @@ class Placement:
             poses = refine_poses(batch, poses, self.volume, imaging, precision, self.n_iterations).poses
         imaging = self.coarse.imaging(self.reference.max_radius)
         return refine_poses(batch, poses, self.volume, imaging, self.reference.noise.precision(imaging), 0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Encoder:
+    """The model with all that it needs to place particles, and the table (N,) of where it placed them."""
+
+    model: CryoAI
+    particles: PreparedParticles
+    volume: SampledVolume
+    precision: Tensor
+    poses: Poses
+
+    @classmethod
+    def of(cls, model: CryoAI, particles: PreparedParticles, reference: Reference) -> _Encoder:
+        imaging = model.imaging
+        box = imaging.disc.n_pixels
+        return cls(
+            model,
+            particles.cropped(box),
+            # Lattices are in cycles per pixel: the same physical map, at the encoder's box.
+            reference.at_box(box).sampled(imaging.max_radius),
+            reference.noise.precision(imaging),
+            blank_poses(particles.n_particles, particles.disc.device),
+        )
+
+    def place(self, rows: Tensor) -> Poses:
+        """The likeliest hypothesis for each of the particles; it also enters the table."""
+        batch = self.particles.batch(rows, self.model.imaging.max_radius)
+        hypotheses = self.model.propose(batch, self.precision)
+        poses = self.model.judge(batch, hypotheses, self.volume, self.precision).poses
+        assign_poses(self.poses, rows, poses)
+        return poses
 
 
 def trial_poses(particles: PreparedParticles, schedule: BootstrapSchedule, n_rotations: int) -> TrialPoses:
