@@ -399,3 +399,12 @@ def test_a_truth_that_does_not_fit_the_run_is_refused(finished, tmp_path, compla
     assert "nowhere.mrc" in complaint("evaluate", run.path, "--truth", truth / "truth.star", "--map", "nowhere.mrc")
     assert str(truth) in complaint("evaluate", truth, "--truth", truth / "truth.star")
     assert not run.evaluation.exists()
+
+
+def test_an_interrupted_command_says_that_it_stopped(monkeypatch, capsys):
+    def interrupt(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cryoai.cli.choose_device", interrupt)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "cryoai: stopped\n"

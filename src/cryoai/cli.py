@@ -45,6 +45,7 @@ app = App(
     ),
     version=__version__,
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,  # main has a word to say
 )
 
 
