@@ -112,7 +112,7 @@ class Settings(_Frozen):
     box: Annotated[int, Field(ge=32, le=1024, multiple_of=2)] | None = None
     """Working box in pixels, to which the images are Fourier-cropped. Default: theirs, at most 128."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Of all randomness; one seed and one machine give one result."""
+    """Of all randomness; bit for bit the same result needs one thread (OMP_NUM_THREADS=1) beside it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a CUDA device if there is one."""
     contrast: Literal["auto", "bright", "dark"] = "auto"
