@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 from cryoai.bootstrap import Reference
-from cryoai.encoder import PoseEncoder
+from cryoai.encoder import EncoderArchitecture
 from cryoai.errors import RunFailedError
 from cryoai.fourier import FourierDisc
-from cryoai.model import CryoAI
+from cryoai.model import CryoAI, matched_filter, unfiltered
 from cryoai.noise import NoiseSpectrum
 from cryoai.particles import ContrastSign, PreparedParticles
 from cryoai.poses import Poses
 from cryoai.training.stages import Estimate
-from cryoai.training.stages.amortized import Amortized, parameter_groups
+from cryoai.training.stages.amortized import Amortized, AmortizedMetrics, parameter_groups
 from cryoai.volumes import FourierNetVolume, SampledVolume
 from oracles import make_optics, random_rotations
 
@@ -24,16 +24,26 @@ NOISE = 0.5
 
 
 @pytest.fixture
-def particles(phantom, tmp_path):
-    disc = FourierDisc.of_box(BOX)
-    optics = make_optics(N, defocus_u_in_angstroms=torch.linspace(8000, 20000, N))
-    prepared = PreparedParticles(tmp_path / "images", disc, optics, PIXEL, ContrastSign(1, 9.0), disc.n_coefficients())
+def images(phantom, tmp_path):
+    """Coefficients (N, P) of noisy images of the phantom."""
+    prepared = stored(None, tmp_path / "none")
     volume = SampledVolume.from_map(phantom.density(BOX).float(), BOX // 2)
     poses = Poses(random_rotations(N).float(), 3 * torch.randn(N, 2))
-    clean = prepared.imaging(BOX).predict(volume, poses, optics)
-    images = clean + NOISE * torch.randn_like(clean)
-    torch.view_as_real(images).numpy().astype(np.float16).tofile(prepared.path)
-    return prepared
+    clean = prepared.imaging(BOX).predict(volume, poses, prepared.optics)
+    return clean + NOISE * torch.randn_like(clean)
+
+
+@pytest.fixture
+def particles(images, tmp_path):
+    return stored(images, tmp_path / "images")
+
+
+def stored(images, path):
+    disc = FourierDisc.of_box(BOX)
+    optics = make_optics(N, defocus_u_in_angstroms=torch.linspace(8000, 20000, N))
+    if images is not None:
+        torch.view_as_real(images).numpy().astype(np.float16).tofile(path)
+    return PreparedParticles(path, disc, optics, PIXEL, ContrastSign(1, 9.0), disc.n_coefficients())
 
 
 @pytest.fixture
@@ -41,11 +51,12 @@ def reference(phantom):
     return Reference(phantom.density(BOX).float(), RADIUS, NoiseSpectrum(torch.full((RADIUS + 1,), NOISE**2)))
 
 
-def make_model(particles, n_hypotheses=3):
-    encoder = PoseEncoder(BOX, n_hypotheses=n_hypotheses, max_shift_in_angstroms=10.0, width=4)
+def make_model(particles, n_hypotheses=4, kind="polar", symmetrization="none", encoder_input=matched_filter):
+    architecture = EncoderArchitecture(kind, n_hypotheses, 4, 10.0, symmetrization)
     scale = float(particles.batch(torch.arange(N), RADIUS).coefficients.abs().square().mean().sqrt())
     volume = FourierNetVolume(BOX, width=32, scale=scale, sampling_oversampling=1)
-    return CryoAI(encoder, volume, particles.imaging(RADIUS))
+    encoder = architecture.build(particles.disc, RADIUS)
+    return CryoAI(encoder, volume, particles.imaging(RADIUS), encoder_input)
 
 
 def make_stage(particles, model, reference=None, **options):
@@ -54,12 +65,22 @@ def make_stage(particles, model, reference=None, **options):
         "n_fit_steps": 0,
         "wake_batch_size": 8,
         "sleep_batch_size": 8,
+        "wake_interval": 1,
+        "first_radius": RADIUS,
         "learning_rate": 1e-3,
         "volume_learning_rate": 1e-4,
         "shift_std_in_angstroms": 2.0,
         "generator": torch.Generator().manual_seed(1),
     }
     return Amortized(particles, Estimate(reference=reference), model, **{**values, **options})
+
+
+def copied(module):
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def unmoved(module, before):
+    return all(torch.equal(p, before[name]) for name, p in module.named_parameters())
 
 
 def feeds_a_batch_norm(model):
@@ -83,12 +104,23 @@ def test_every_parameter_of_the_model_is_in_exactly_one_group(particles):
     assert {id(p) for p in volume["params"]} == {id(p) for p in model.volume.parameters()}
 
 
-def test_one_step_gives_every_parameter_a_gradient_and_moves_it(particles, reference):
-    model = make_model(particles)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+@pytest.mark.parametrize(
+    ("kind", "symmetrization", "n_without_effect"),
+    [
+        ("polar", "none", 0),
+        ("polar", "half-turn", 0),
+        ("convolutional", "none", 11),
+        ("convolutional", "half-turn", 11),
+    ],
+)
+def test_one_step_gives_every_parameter_a_gradient_and_moves_it(
+    particles, reference, kind, symmetrization, n_without_effect
+):
+    model = make_model(particles, kind=kind, symmetrization=symmetrization)
+    before = copied(model)
     make_stage(particles, model, reference).step()
     without_effect = feeds_a_batch_norm(model)
-    assert len(without_effect) == 11
+    assert len(without_effect) == n_without_effect
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
@@ -99,32 +131,58 @@ def test_one_step_gives_every_parameter_a_gradient_and_moves_it(particles, refer
         assert not torch.equal(parameter, before[name]), name
 
 
-def test_the_wake_moves_the_volume_and_the_sleep_does_not(particles, reference):
-    stage = make_stage(particles, make_model(particles), reference)
+@pytest.mark.parametrize("kind", ["polar", "convolutional"])
+def test_the_wake_moves_the_volume_and_the_sleep_does_not(particles, reference, kind):
+    stage = make_stage(particles, make_model(particles, kind=kind), reference)
     volume = stage.model.volume.sampled(RADIUS)
-    for loss, moved in ((stage._wake_loss(volume), True), (stage._sleep_loss(volume), False)):
+    for losses, moved in ((stage._wake_losses(volume), True), (stage._sleep_losses(), False)):
         stage.model.zero_grad(set_to_none=True)
-        loss.backward(retain_graph=True)
+        sum(losses).backward()
         assert all((p.grad is not None) == moved for p in stage.model.volume.parameters())
-        assert all(p.grad is not None for p in stage.model.encoder.shift_head.parameters())
+        assert all(p.grad is not None for p in stage.model.encoder.parameters())
+
+
+@pytest.mark.parametrize("kind", ["polar", "convolutional"])
+def test_sleeping_alone_gives_every_parameter_of_the_encoder_a_gradient(particles, reference, kind):
+    stage = make_stage(particles, make_model(particles, kind=kind), reference)
+    loss, score = stage._sleep_losses()
+    (loss + score).backward()
+    without_effect = feeds_a_batch_norm(stage.model.encoder)
+    for name, parameter in stage.model.encoder.named_parameters():
+        assert torch.isfinite(parameter.grad).all(), name
+        assert name in without_effect or parameter.grad.abs().max() > 0, name
+
+
+def test_what_is_said_of_the_poses_learns_from_the_loss_and_what_is_said_of_the_probabilities_from_the_score(
+    particles, reference
+):
+    stage = make_stage(particles, make_model(particles, kind="convolutional"), reference)
+    encoder = stage.model.encoder
+    for index, (of_poses, of_probabilities) in enumerate([(True, False), (False, True)]):
+        for losses in (stage._wake_losses(stage.model.volume.sampled(RADIUS)), stage._sleep_losses()):
+            stage.model.zero_grad(set_to_none=True)
+            losses[index].mean().backward()
+            assert all((p.grad is not None) == of_poses for p in encoder.shift_head.parameters())
+            assert all((p.grad is not None) == of_probabilities for p in encoder.score_head.parameters())
 
 
 def test_fitting_brings_the_volume_nearer_to_the_map(particles, reference):
     stage = make_stage(particles, make_model(particles), reference, n_fit_steps=150)
-    before = [p.detach().clone() for p in stage.model.encoder.parameters()]
+    before = copied(stage.model.encoder)
     metrics = [stage.step() for _ in range(150)]
     assert all(math.isnan(m.wake_loss) for m in metrics)
     errors = [m.volume_fit_loss for m in metrics]
     assert np.mean(errors[-10:]) < 0.6 * np.mean(errors[:10])
-    assert all(torch.equal(p, b) for p, b in zip(stage.model.encoder.parameters(), before, strict=True))
+    assert unmoved(stage.model.encoder, before)
     assert stage.steps_done == 0
+    assert all(m.band_limit == RADIUS for m in metrics)
     assert math.isfinite(stage.step().wake_loss)
 
 
 def test_synthetic_images_look_like_the_data(particles, reference):
     stage = make_stage(particles, make_model(particles), reference, sleep_batch_size=400)
-    volume = reference.sampled()
-    batch, poses = stage._dream(volume)
+    volume = stage.asleep_with = reference.sampled()
+    batch, poses = stage._dream()
     clean = stage.model.imaging.predict(volume, poses, batch.optics)
     noise = batch.coefficients - clean
     assert float(noise.abs().square().mean()) == pytest.approx(NOISE**2, rel=0.02)
@@ -134,11 +192,14 @@ def test_synthetic_images_look_like_the_data(particles, reference):
     assert torch.isin(batch.optics.defocus_u_in_angstroms, particles.optics.defocus_u_in_angstroms).all()
 
 
-def test_without_a_map_to_start_from_everything_is_noise_and_the_volume_becomes_the_reference(particles):
+def test_without_a_map_to_start_from_all_coefficients_count_alike_and_the_volume_becomes_the_reference(particles):
     stage = make_stage(particles, make_model(particles), n_fit_steps=50)
-    images = particles.batch(torch.arange(N), RADIUS).coefficients
-    expected = NoiseSpectrum.of_residuals(images, particles.imaging(RADIUS))
-    torch.testing.assert_close(stage.noise.variance, expected.variance)
+    # But for the origin, which an image lost with its mean.
+    assert torch.equal(stage.precision, (particles.imaging(RADIUS).shells > 0).float())
+    stage.sleep_batch_size = 400
+    batch, poses = stage._dream()
+    noise = batch.coefficients - stage.model.imaging.predict(stage.asleep_with, poses, batch.optics)
+    assert float(noise.abs().square().mean()) == pytest.approx(1, rel=0.02)
     assert math.isfinite(stage.step().wake_loss)
     result = stage.result()
     assert result.model is stage.model
@@ -154,9 +215,13 @@ def test_a_map_to_start_from_stays_the_reference(particles, reference):
     assert stage.result().reference is reference
 
 
-@pytest.mark.parametrize(("n_hypotheses", "sleep_batch_size"), [(1, 0), (1, 8), (3, 0)])
-def test_one_hypothesis_will_do_and_so_will_no_synthetic_images(particles, n_hypotheses, sleep_batch_size):
-    stage = make_stage(particles, make_model(particles, n_hypotheses), sleep_batch_size=sleep_batch_size)
+@pytest.mark.parametrize(
+    ("kind", "n_hypotheses", "sleep_batch_size"),
+    [("convolutional", 1, 0), ("convolutional", 1, 8), ("convolutional", 3, 0), ("polar", 2, 8), ("polar", 16, 0)],
+)
+def test_one_hypothesis_will_do_and_so_will_no_synthetic_images(particles, kind, n_hypotheses, sleep_batch_size):
+    model = make_model(particles, n_hypotheses, kind)
+    stage = make_stage(particles, model, sleep_batch_size=sleep_batch_size)
     progress = []
     while not stage.finished:
         metrics = stage.step()
@@ -189,6 +254,113 @@ def test_the_learning_rate_rises_and_falls_and_never_reaches_zero(particles):
 
 def test_training_that_diverges_ends_with_its_reason(particles, monkeypatch):
     stage = make_stage(particles, make_model(particles))
-    monkeypatch.setattr(stage, "_wake_loss", lambda _volume: torch.tensor(float("nan")))
+    nothing = torch.zeros((), requires_grad=True)
+    monkeypatch.setattr(stage, "_wake_losses", lambda _volume: (nothing / nothing, nothing))
     with pytest.raises(RunFailedError, match="is not finite"):
         stage.step()
+
+
+# ------------------------------------------------------------------------------ awake and asleep
+
+
+def test_on_a_step_that_is_asleep_the_volume_does_not_move_and_the_encoder_does(particles, reference):
+    stage = make_stage(particles, make_model(particles), reference, n_steps=8, wake_interval=3)
+    awake = []
+    while not stage.finished:
+        volume, encoder = copied(stage.model.volume), copied(stage.model.encoder)
+        metrics = stage.step()
+        awake.append(math.isfinite(metrics.wake_loss))
+        assert unmoved(stage.model.volume, volume) == (not awake[-1])
+        assert not unmoved(stage.model.encoder, encoder)
+        assert math.isfinite(metrics.sleep_loss)
+    assert awake == [True, False, False, True, False, False, True, False]
+
+
+def test_without_synthetic_images_every_step_is_awake(particles):
+    stage = make_stage(particles, make_model(particles), wake_interval=3, sleep_batch_size=0)
+    while not stage.finished:
+        volume = copied(stage.model.volume)
+        metrics = stage.step()
+        assert math.isfinite(metrics.wake_loss)
+        assert math.isnan(metrics.sleep_loss)
+        assert not unmoved(stage.model.volume, volume)
+
+
+def test_asleep_no_image_of_the_data_is_looked_at(particles, reference):
+    stage = make_stage(particles, make_model(particles), reference, wake_interval=2)
+    stage.step()
+    particles.path.unlink()
+    assert math.isnan(stage.step().wake_loss)
+    with pytest.raises(FileNotFoundError):
+        stage.step()
+
+
+def test_asleep_synthetic_images_are_made_from_the_volume_as_the_last_awake_step_left_it(particles, reference):
+    stage = make_stage(particles, make_model(particles), reference, wake_interval=3, volume_learning_rate=1e-2)
+
+    def slices_of_the_map():
+        return SampledVolume.from_map(stage.model.volume.to_map(RADIUS), RADIUS).values
+
+    before = slices_of_the_map()
+    stage.step()
+    after = slices_of_the_map()
+    assert (after - before).norm() > 0.01 * before.norm()
+    stage.step()
+    assert (stage.asleep_with.values - after).norm() < 0.01 * (after - before).norm()
+
+
+# ------------------------------------------------------------------------------ the band limit
+
+
+def test_the_band_limit_grows_from_the_first_to_the_last_over_the_first_half_of_the_steps(particles):
+    stage = make_stage(
+        particles, make_model(particles), n_steps=60, first_radius=3, wake_batch_size=2, sleep_batch_size=2
+    )
+    assert stage.last_radius == RADIUS
+    limits = []
+    while not stage.finished:
+        expected = stage.radius
+        outside = stage.model.imaging.shells > expected
+        assert (stage.precision[outside] == 0).all()
+        assert torch.equal(stage.precision[~outside], stage.full_precision[~outside])
+        limits.append(stage.step().band_limit)
+        assert limits[-1] == expected
+    # Six band limits share thirty steps.
+    assert limits == [radius for radius in range(3, RADIUS + 1) for _ in range(5)] + 30 * [RADIUS]
+
+
+def test_without_growth_the_whole_band_is_used_from_the_first_step(particles):
+    stage = make_stage(particles, make_model(particles))
+    assert [stage.step().band_limit for _ in range(4)] == 4 * [RADIUS]
+
+
+@pytest.mark.parametrize("encoder_input", [matched_filter, unfiltered])
+@pytest.mark.parametrize("kind", ["polar", "convolutional"])
+@pytest.mark.parametrize(("first_radius", "same"), [(4, True), (RADIUS, False)])
+def test_coefficients_beyond_the_band_limit_of_a_step_change_neither_its_loss_nor_what_the_encoder_learns(
+    particles, images, reference, tmp_path, encoder_input, kind, first_radius, same
+):
+    changed = torch.where(particles.disc.shells > 4, -images, images)
+    metrics, weights = [], []
+    for data in (particles, stored(changed, tmp_path / "changed")):
+        torch.manual_seed(5)
+        model = make_model(particles, kind=kind, encoder_input=encoder_input)
+        stage = make_stage(data, model, reference, first_radius=first_radius, n_steps=1000)
+        metrics.append(stage.step())
+        weights.append(copied(model))
+    assert metrics[0].band_limit == first_radius
+    assert (metrics[0].wake_loss == metrics[1].wake_loss) == same
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0]) == same
+
+
+# ------------------------------------------------------------------------------ what is told
+
+
+def test_a_step_tells_of_the_losses_that_it_computed_and_of_no_others():
+    def headline(wake, sleep, fit):
+        return AmortizedMetrics(3, 8, wake, sleep, fit).headline
+
+    assert headline(1.25, 0.5, math.nan) == "wake loss 1.2500, sleep loss 0.50"
+    assert headline(math.nan, 0.5, math.nan) == "sleep loss 0.50"
+    assert headline(1.25, math.nan, math.nan) == "wake loss 1.2500"
+    assert headline(math.nan, math.nan, 0.3) == "fitting the volume, relative error 0.30"

@@ -1,40 +1,17 @@
+import math
+
 import pytest
 import torch
 
-from cryoai.fourier import FourierDisc
-from cryoai.imaging import ImagingModel
-from cryoai.losses import best_hypothesis, pose_loss, symmetrized
-from cryoai.poses import Poses
-from cryoai.volumes import SampledVolume
-from oracles import make_optics, random_rotations
+from cryoai.losses import best_hypothesis, pose_loss, score_loss
+from cryoai.poses import Hypotheses, Poses
+from oracles import random_rotations
 from properties import assert_gradient_matches_differences, unchanged
 
 
 def random_poses(*shape):
     n = int(torch.tensor(shape).prod())
     return Poses(random_rotations(n, seed=n).float().reshape(*shape, 3, 3), 5 * torch.randn(*shape, 2))
-
-
-def test_the_pose_of_a_turned_image_is_turned_back_to_that_of_the_image(phantom):
-    imaging = ImagingModel(FourierDisc.of_box(32), 3.0, 8)
-    volume = SampledVolume.from_map(phantom.density(32).float(), 8)
-    optics, truth = make_optics(6), random_poses(6, 1)
-    images = imaging.predict(volume, truth, optics)
-    # A turn by 180 degrees about the centre conjugates the transform.
-    turned = truth.turned_by_pi()
-    torch.testing.assert_close(imaging.predict(volume, turned, optics), images.conj(), atol=1e-3, rtol=1e-3)
-    with unchanged(truth, turned):
-        hypotheses = symmetrized(random_poses(6, 1), turned)
-    assert hypotheses.rotations.shape == (6, 2, 3, 3)
-    torch.testing.assert_close(hypotheses.rotations[:, 1], truth.rotations[:, 0])
-    torch.testing.assert_close(hypotheses.shifts_in_angstroms[:, 1], truth.shifts_in_angstroms[:, 0])
-
-
-def test_hypotheses_from_the_image_come_first_and_untouched():
-    direct, turned = random_poses(4, 3), random_poses(4, 3)
-    hypotheses = symmetrized(direct, turned)
-    assert torch.equal(hypotheses.rotations[:, :3], direct.rotations)
-    assert torch.equal(hypotheses.shifts_in_angstroms[:, :3], direct.shifts_in_angstroms)
 
 
 def test_the_best_hypothesis_wins_and_alone_gets_a_gradient():
@@ -106,3 +83,34 @@ def test_the_gradient_of_the_pose_loss_is_right():
         return found.loss.sum()
 
     assert_gradient_matches_differences(loss, torch.randn(3, 2, 2, dtype=torch.float64))
+
+
+def test_the_score_loss_is_the_surprise_at_the_best_hypothesis():
+    probabilities = torch.tensor([[0.7, 0.2, 0.1], [0.25, 0.25, 0.5]])
+    hypotheses = Hypotheses(random_poses(2, 3), probabilities.log())
+    with unchanged(hypotheses):
+        found = score_loss(hypotheses, torch.tensor([1, 2]))
+    assert found.tolist() == pytest.approx([math.log(5), math.log(2)])
+
+
+def test_no_hypotheses_are_scored_better_than_with_the_shares_in_which_they_were_best():
+    best = torch.tensor([0, 0, 0, 1, 2, 0, 1, 0])
+    shares = torch.tensor([5 / 8, 2 / 8, 1 / 8])
+    poses = random_poses(8, 3)
+
+    def loss(probabilities):
+        return float(score_loss(Hypotheses(poses, probabilities.log().expand(8, 3)), best).mean())
+
+    for other in torch.distributions.Dirichlet(torch.ones(3)).sample((50,)):
+        assert loss(shares) <= loss(other)
+
+
+def test_the_gradient_of_the_score_loss_is_the_probability_beyond_what_happened():
+    scores = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    best = torch.tensor([0, 3, 4, 3])
+    poses = Poses(random_rotations(20).reshape(4, 5, 3, 3).requires_grad_(), torch.zeros(4, 5, 2).double())
+    score_loss(Hypotheses(poses, scores.log_softmax(1)), best).sum().backward()
+    happened = torch.nn.functional.one_hot(best, 5)
+    torch.testing.assert_close(scores.grad, (scores.detach().exp() / scores.detach().exp().sum(1, True)) - happened)
+    # It says nothing of the poses.
+    assert poses.rotations.grad is None

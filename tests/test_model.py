@@ -1,14 +1,14 @@
 import pytest
 import torch
 
-from cryoai.encoder import PoseEncoder
+from cryoai.encoder import ConvolutionalEncoder, PoseEncoder, SymmetrizedEncoder
 from cryoai.fourier import FourierDisc
 from cryoai.imaging import ImagingModel
-from cryoai.model import CryoAI
+from cryoai.model import CryoAI, Placing, matched_filter, unfiltered
 from cryoai.particles import ParticleBatch
-from cryoai.poses import Poses
+from cryoai.poses import Hypotheses, Poses
 from cryoai.volumes import VoxelVolume
-from oracles import make_optics, random_rotations
+from oracles import make_optics, random_rotations, textbook_ctf
 from properties import unchanged
 
 BOX, RADIUS, HEADS = 32, 10, 3
@@ -21,9 +21,10 @@ def _in_full_precision(monkeypatch):
 
 @pytest.fixture
 def model(phantom):
-    encoder = PoseEncoder(BOX, n_hypotheses=HEADS, max_shift_in_angstroms=10.0, width=4)
-    imaging = ImagingModel(FourierDisc.of_box(BOX), 3.0, RADIUS)
-    made = CryoAI(encoder, VoxelVolume(phantom.density(BOX).float()), imaging)
+    disc = FourierDisc.of_box(BOX)
+    encoder = ConvolutionalEncoder(disc, n_hypotheses=HEADS, max_shift_in_angstroms=10.0, width=4)
+    imaging = ImagingModel(disc, 3.0, RADIUS)
+    made = CryoAI(SymmetrizedEncoder(encoder), VoxelVolume(phantom.density(BOX).float()), imaging)
     _, batch = truth_and_images(made, 16)
     with torch.no_grad():
         # BatchNorm learns what the features are like; before that an encoder in evaluation sees next to nothing.
@@ -62,18 +63,24 @@ def test_twice_as_many_hypotheses_are_proposed_as_there_are_heads_and_the_first_
     _, batch = truth_and_images(model, 5)
     with unchanged(batch, precision):
         proposed, encoded = model.propose(batch, precision), model.encode(batch, precision)
-    assert proposed.rotations.shape == (5, 2 * HEADS, 3, 3)
-    assert encoded.rotations.shape == (5, HEADS, 3, 3)
-    torch.testing.assert_close(proposed.rotations[:, :HEADS], encoded.rotations, atol=1e-4, rtol=0)
-    assert encoded.rotations.std(dim=0).max() > 0.1
-    torch.testing.assert_close(proposed.shifts_in_angstroms[:, :HEADS], encoded.shifts_in_angstroms, atol=1e-3, rtol=0)
+    all_of_them, direct = proposed.poses, encoded.poses
+    assert all_of_them.rotations.shape == (5, 2 * HEADS, 3, 3)
+    assert direct.rotations.shape == (5, HEADS, 3, 3)
+    torch.testing.assert_close(all_of_them.rotations[:, :HEADS], direct.rotations, atol=1e-4, rtol=0)
+    assert direct.rotations.std(dim=0).max() > 0.1
+    torch.testing.assert_close(
+        all_of_them.shifts_in_angstroms[:, :HEADS], direct.shifts_in_angstroms, atol=1e-3, rtol=0
+    )
+    torch.testing.assert_close(
+        2 * proposed.log_probabilities.exp()[:, :HEADS], encoded.log_probabilities.exp(), atol=1e-4, rtol=0
+    )
 
 
 @torch.no_grad()
 def test_a_turned_image_is_proposed_the_same_poses_turned_with_the_two_halves_changed_over(model, precision):
     _, batch = truth_and_images(model, 5)
-    straight = model.propose(batch, precision)
-    turned = model.propose(conjugated(batch), precision).turned_by_pi()
+    straight = model.propose(batch, precision).poses
+    turned = model.propose(conjugated(batch), precision).poses.turned_by_pi()
     torch.testing.assert_close(turned.rotations.roll(HEADS, 1), straight.rotations, atol=1e-4, rtol=0)
     torch.testing.assert_close(
         turned.shifts_in_angstroms.roll(HEADS, 1), straight.shifts_in_angstroms, atol=1e-3, rtol=0
@@ -87,7 +94,9 @@ def test_the_encoder_sees_no_coefficient_beyond_the_band_limit_or_without_precis
     changed[:, model.imaging.n_coefficients :] = 1e3
     changed[:, 0] = 1e3
     other = ParticleBatch(batch.indices, changed, batch.optics)
-    assert torch.equal(model.encode(other, precision).rotations, model.encode(batch, precision).rotations)
+    seen, changed = (model.encode(b, precision).poses for b in (batch, other))
+    assert torch.equal(changed.rotations, seen.rotations)
+    assert torch.equal(changed.shifts_in_angstroms, seen.shifts_in_angstroms)
 
 
 @torch.no_grad()
@@ -97,9 +106,42 @@ def test_the_sign_of_the_ctf_does_not_reach_the_encoder(model, precision):
     ctf = model.imaging.ctf(batch.optics)
     signal = torch.randn(4, model.imaging.n_coefficients, dtype=torch.complex64)
     seen = [ParticleBatch(batch.indices, sign * ctf * signal, batch.optics) for sign in (1, -1)]
-    first, second = (model._matched(b, precision) for b in seen)
+    first, second = (matched_filter(b, model.imaging, precision) for b in seen)
     torch.testing.assert_close(first, ctf.square() * signal * precision)
     torch.testing.assert_close(second, -first)
+
+
+def test_the_matched_filter_multiplies_by_the_ctf_of_each_particle_and_by_the_precision(model, precision):
+    _, batch = truth_and_images(model, 3)
+    found = matched_filter(batch, model.imaging, precision)
+    assert found.shape == (3, model.imaging.n_coefficients)
+    for row, defocus in enumerate(batch.optics.defocus_u_in_angstroms.tolist()):
+        ctf = textbook_ctf(model.imaging.coordinates.double(), defocus_u_in_angstroms=defocus)
+        expected = batch.coefficients[row, : len(ctf)] * ctf.float() * precision
+        torch.testing.assert_close(found[row], expected, atol=1e-3, rtol=1e-3)
+
+
+def test_unfiltered_is_the_image_wherever_it_has_any_precision(model, precision):
+    _, batch = truth_and_images(model, 3)
+    within = batch.coefficients[:, : model.imaging.n_coefficients]
+    without_origin = torch.where(model.imaging.shells > 0, within, 0)
+    assert torch.equal(unfiltered(batch, model.imaging, precision), without_origin)
+    assert torch.equal(unfiltered(batch, model.imaging, 7 * precision), without_origin)
+    outer = torch.where(model.imaging.shells <= 4, precision, 0)
+    assert (unfiltered(batch, model.imaging, outer)[:, model.imaging.shells > 4] == 0).all()
+    assert within.shape[1] < batch.coefficients.shape[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chosen", [matched_filter, unfiltered])
+def test_the_encoder_is_shown_what_the_chosen_input_makes_of_the_particles(model, precision, chosen):
+    _, batch = truth_and_images(model, 4)
+    again = CryoAI(model.encoder, model.volume, model.imaging, chosen).eval()
+    shown = chosen(batch, model.imaging, precision)
+    for asked, expected in ((again.encode, model.encoder.direct(shown)), (again.propose, model.encoder(shown))):
+        found = asked(batch, precision)
+        assert torch.equal(found.poses.rotations, expected.poses.rotations)
+        assert torch.equal(found.log_probabilities, expected.log_probabilities)
 
 
 @torch.no_grad()
@@ -137,8 +179,136 @@ def test_the_loss_reaches_the_volume_and_of_the_encoder_only_the_heads_that_won(
     reading = model(batch, precision)
     reading.loss.sum().backward()
     assert model.volume.density.grad.abs().max() > 0
-    assert model.encoder.features[0].weight.grad.abs().max() > 0
+    encoder = model.encoder.encoder
+    assert encoder.features[0].weight.grad.abs().max() > 0
     winners = set((reading.hypothesis % HEADS).tolist())
-    for index, head in enumerate(model.encoder.rotation_heads):
+    for index, head in enumerate(encoder.rotation_heads):
         reached = head[-1].weight.grad.abs().max() > 0
         assert reached == (index in winners)
+
+
+# ------------------------------------------------------------------------------ placing
+
+
+class FixedEncoder(PoseEncoder):
+    """Says the same whatever it is shown."""
+
+    def __init__(self, rotations, shifts, probabilities):
+        super().__init__()
+        self.hypotheses = Hypotheses(Poses(rotations, shifts), probabilities.log())
+        self.n_hypotheses = rotations.shape[1]
+
+    def forward(self, coefficients):
+        assert len(coefficients) == len(self.hypotheses.log_probabilities)
+        return self.hypotheses
+
+
+def apart(n, seed):
+    """Rotations (n, 3, 3), each more than 40 degrees from all others."""
+    kept = []
+    for rotation in random_rotations(500, seed=seed).float():
+        cosines = [float(((rotation * other).sum() - 1) / 2) for other in kept]
+        if all(cosine < 0.76 for cosine in cosines):
+            kept.append(rotation)
+    assert len(kept) >= n
+    return torch.stack(kept[:n])
+
+
+def about_x(rotation, degrees):
+    angle = torch.deg2rad(torch.tensor(degrees))
+    c, s = angle.cos(), angle.sin()
+    return rotation @ torch.tensor([[1.0, 0.0, 0.0], [0.0, c, -s], [0.0, s, c]])
+
+
+def placed(model, precision, rotations, probabilities, truth_rotation, **options):
+    """One noise-free particle at a pose, placed by an encoder with these hypotheses (M,), unshifted."""
+    optics = make_optics(1, defocus_u_in_angstroms=14000.0)
+    volume = model.volume.sampled(RADIUS)
+    truth = Poses(truth_rotation[None], torch.zeros(1, 2))
+    with torch.no_grad():
+        image = model.imaging.predict(volume, truth, optics)
+        encoder = FixedEncoder(rotations[None], torch.zeros(1, len(rotations), 2), torch.tensor([probabilities]))
+        asked = CryoAI(encoder, model.volume, model.imaging)
+        return asked.place(ParticleBatch(torch.arange(1), image, optics), volume, precision, **options), image[0]
+
+
+def test_of_the_most_probable_hypotheses_the_one_that_fits_the_image_is_taken(model, precision):
+    precision = 20 * precision
+    rotations = apart(6, seed=1)
+    probabilities = [0.3, 0.05, 0.25, 0.2, 0.15, 0.05]
+    for right in (0, 2, 3, 4):
+        placing, _ = placed(model, precision, rotations, probabilities, rotations[right])
+        assert torch.equal(placing.poses.rotations[0], rotations[right])
+        assert float(placing.fit) == pytest.approx(0, abs=0.05)
+        assert float(placing.probability) == pytest.approx(probabilities[right], abs=1e-5)
+        assert float(placing.lead) > 0
+    # The two that the encoder believes in least are not looked at.
+    for wrong in (1, 5):
+        placing, _ = placed(model, precision, rotations, probabilities, rotations[wrong])
+        assert not torch.equal(placing.poses.rotations[0], rotations[wrong])
+        assert float(placing.fit) < -2
+
+
+def test_the_probability_of_an_answer_is_that_of_all_hypotheses_within_20_degrees_of_it(model, precision):
+    first, second = apart(2, seed=2)
+    rotations = torch.stack([first, about_x(first, 19.0), about_x(first, 21.0), second, about_x(first, -10.0)])
+    placing, _ = placed(model, precision, rotations, [0.3, 0.2, 0.15, 0.25, 0.1], first)
+    assert float(placing.probability) == pytest.approx(0.3 + 0.2 + 0.1, abs=1e-5)
+
+
+def test_the_lead_is_the_log_likelihood_ahead_of_the_best_answer_more_than_20_degrees_away(model, precision):
+    first, second, third = apart(3, seed=4)
+    rotations = torch.stack([first, about_x(first, 3.0), second, third])
+    placing, image = placed(model, precision, rotations, [0.4, 0.3, 0.2, 0.1], first)
+    optics = make_optics(1, defocus_u_in_angstroms=14000.0)
+    with torch.no_grad():
+        poses = Poses(rotations[None], torch.zeros(1, 4, 2))
+        predicted = model.imaging.predict(model.volume.sampled(RADIUS), poses, optics)[0]
+    distances = ((image - predicted).abs().square() * precision).sum(-1)
+    chosen = int(distances.argmin())
+    expected = float(distances[2:].min() - distances[0])
+    # The nearer rival is the same answer.
+    assert float(distances[1] - distances[0]) < 0.5 * expected
+    assert chosen == 0
+    assert float(placing.lead) == pytest.approx(expected, rel=1e-3)
+    assert expected < 50
+
+
+def test_an_answer_without_a_rival_has_the_largest_lead_there_is(model, precision):
+    first = apart(1, seed=5)[0]
+    rotations = torch.stack([first, about_x(first, 5.0), about_x(first, -5.0)])
+    placing, _ = placed(model, precision, rotations, [0.4, 0.3, 0.3], first)
+    assert float(placing.lead) == 50.0
+    assert float(placing.probability) == pytest.approx(1, abs=1e-5)
+
+
+def test_what_is_refined_is_the_answer_and_the_fit_is_that_of_the_refined_pose(model, precision):
+    precision = 20 * precision
+    first, second = apart(2, seed=6)
+    start = about_x(first, 6.0)
+    rotations, probabilities = torch.stack([second, start]), [0.6, 0.4]
+    asked = []
+
+    def refine(batch, poses):
+        asked.append(poses.rotations)
+        assert len(batch) == 1
+        return Poses(first[None], torch.zeros(1, 2))
+
+    as_it_is, _ = placed(model, precision, rotations, probabilities, first)
+    refined, _ = placed(model, precision, rotations, probabilities, first, refine=refine)
+    assert torch.equal(asked[0][0], start)
+    assert torch.equal(as_it_is.poses.rotations[0], start)
+    assert torch.equal(refined.poses.rotations[0], first)
+    assert float(as_it_is.fit) < -0.5
+    assert float(refined.fit) == pytest.approx(0, abs=0.05)
+    assert torch.equal(refined.probability, as_it_is.probability)
+    assert torch.equal(refined.lead, as_it_is.lead)
+
+
+def test_placings_are_joined_in_their_order():
+    parts = [Placing(Poses(random_rotations(n, seed=n).float(), torch.randn(n, 2)), *torch.randn(3, n)) for n in (2, 3)]
+    joined = Placing.cat(parts)
+    assert torch.equal(joined.poses.rotations[2:], parts[1].poses.rotations)
+    assert torch.equal(joined.poses.shifts_in_angstroms[:2], parts[0].poses.shifts_in_angstroms)
+    for name in ("fit", "probability", "lead"):
+        assert torch.equal(getattr(joined, name), torch.cat([getattr(part, name) for part in parts]))

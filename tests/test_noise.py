@@ -5,7 +5,7 @@ import torch
 
 from cryoai.fourier import FourierDisc
 from cryoai.imaging import ImagingModel
-from cryoai.noise import NoiseSpectrum, log_likelihood
+from cryoai.noise import NoiseSpectrum, fit_z_scores, log_likelihood
 from properties import assert_batch_equals_loop, unchanged
 
 
@@ -55,3 +55,51 @@ def test_the_log_likelihood_is_that_of_independent_gaussians():
     truth = normal.log_prob(torch.view_as_real(observed)).sum((-1, -2)) + constant
     torch.testing.assert_close(log_likelihood(observed, predicted, 1 / variance), truth)
     assert_batch_equals_loop(lambda a, b: log_likelihood(a, b, 1 / variance), observed, predicted)
+
+
+def noise_like(shape, variance):
+    """Complex normal of this variance (p,): half of it in each part."""
+    return (variance / 2).sqrt() * torch.complex(torch.randn(shape), torch.randn(shape))
+
+
+@pytest.mark.parametrize("strength", [0.05, 0.5, 3.0])
+def test_the_fit_to_images_of_the_prediction_itself_is_standard_normal(strength):
+    n, p = 20_000, 60
+    variance = torch.rand(p) + 0.3
+    predicted = strength * torch.randn(p, dtype=torch.complex64)
+    observed = predicted + noise_like((n, p), variance)
+    with unchanged(observed, predicted):
+        scores = fit_z_scores(observed, predicted, 1 / variance)
+    assert scores.shape == (n,)
+    # Five standard errors of the mean, the deviation and the skewness.
+    assert abs(float(scores.mean())) < 5 / math.sqrt(n)
+    assert abs(float(scores.std()) - 1) < 5 / math.sqrt(2 * n)
+    assert abs(float(((scores - scores.mean()) / scores.std()).pow(3).mean())) < 5 * math.sqrt(6 / n)
+    within = (scores.abs() < 1.96).float().mean()
+    assert float(within) == pytest.approx(0.95, abs=0.01)
+
+
+def test_the_fit_of_noise_and_of_another_particle_is_as_bad_as_the_prediction_is_strong():
+    n, p = 2000, 60
+    variance = torch.rand(p) + 0.3
+    predicted, other = 3 * torch.randn(2, p, dtype=torch.complex64)
+    power = (predicted.abs().square() / variance).sum()
+    noise = noise_like((n, p), variance)
+    scores = fit_z_scores(noise, predicted, 1 / variance)
+    # Noise misses the mean |X|^2 of the right images by twice that; their deviation is sqrt(2) |X|.
+    assert float(scores.mean()) == pytest.approx(-math.sqrt(2 * power), rel=0.01)
+    assert scores.max() < -20
+    assert fit_z_scores(other + noise, predicted, 1 / variance).max() < -10
+    # The worst fit is to the negative.
+    assert (fit_z_scores(noise - predicted, predicted, 1 / variance) < scores).float().mean() == 1
+
+
+def test_the_fit_leaves_out_what_has_no_precision_and_is_finite_for_an_empty_prediction():
+    precision = torch.tensor([0.0, 1.0, 2.0])
+    predicted = torch.tensor([5.0, 1.0 - 2.0j, 3.0j])
+    observed = torch.randn(4, 3, dtype=torch.complex64)
+    changed = observed.clone()
+    changed[:, 0] += 100
+    assert torch.equal(fit_z_scores(changed, predicted, precision), fit_z_scores(observed, predicted, precision))
+    assert torch.equal(fit_z_scores(observed, 0 * predicted, precision), torch.zeros(4))
+    assert_batch_equals_loop(lambda x: fit_z_scores(x, predicted, precision), observed)

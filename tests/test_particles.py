@@ -266,7 +266,8 @@ def test_two_pixel_sizes_are_brought_to_one_extent(phantom, tmp_path):
     assert correlations(images[:30], images[31:61]).max() < 0.95
 
     message = refusal(prepare_particles, stack, 60, tmp_path / "d.f16")
-    assert "particle row 31 has pixels of 4 Å, too coarse for a working box of 60 pixels; choose --box 56" in message
+    assert "particle row 31 has pixels of 4 Å, too coarse for 60 pixels in 224 Å" in message
+    assert "--box) of 56 or fewer" in message
 
 
 def test_batches_keep_the_order_asked_and_their_optics(noisy, tmp_path):

@@ -7,10 +7,12 @@ from scipy.spatial.transform import Rotation
 
 from cryoai.fourier import FourierDisc
 from cryoai.poses import (
+    Hypotheses,
     Poses,
     angular_distance_in_degrees,
     half_turn,
     rotation_grid,
+    rotations_about_z,
     rotations_from_euler_angles,
     rotations_from_s2s2,
     rotations_to_euler_angles,
@@ -134,3 +136,28 @@ def test_poses_select_and_take_members():
 def test_poses_reject_shapes_that_do_not_match(rotations, shifts):
     with pytest.raises(ValueError, match="poses need rotations"):
         Poses(torch.zeros(rotations), torch.zeros(shifts))
+
+
+def test_rotations_about_z_are_those_of_scipy_and_turn_x_towards_y():
+    angles = torch.linspace(-7, 7, 50, dtype=torch.float64)
+    scipy = torch.from_numpy(Rotation.from_euler("z", angles.numpy()[:, None]).as_matrix())
+    with unchanged(angles):
+        found = rotations_about_z(angles)
+    torch.testing.assert_close(found, scipy)
+    torch.testing.assert_close(rotations_about_z(angles.reshape(5, 10)), scipy.reshape(5, 10, 3, 3))
+    turned = rotations_about_z(torch.tensor(0.1)) @ torch.tensor([1.0, 0.0, 0.0])
+    assert turned[1] > 0
+
+
+def test_the_likeliest_hypotheses_come_in_the_order_of_their_probabilities():
+    rotations, shifts = random_rotations(8).reshape(2, 4, 3, 3), torch.randn(2, 4, 2)
+    hypotheses = Hypotheses(Poses(rotations, shifts), torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.7, 0.0, 0.1, 0.2]]).log())
+    with unchanged(hypotheses):
+        found = hypotheses.likeliest(3)
+    torch.testing.assert_close(found.log_probabilities.exp(), torch.tensor([[0.4, 0.3, 0.2], [0.7, 0.2, 0.1]]))
+    for row, order in enumerate([[1, 3, 2], [0, 3, 2]]):
+        assert torch.equal(found.poses.rotations[row], rotations[row, order])
+        assert torch.equal(found.poses.shifts_in_angstroms[row], shifts[row, order])
+    everything = hypotheses.likeliest(10)
+    assert everything.log_probabilities.shape == (2, 4)
+    assert torch.equal(everything.poses.rotations[0], rotations[0, [1, 3, 2, 0]])

@@ -75,6 +75,13 @@ def few(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def few_by_encoder_alone(few, tmp_path_factory):
+    torch.set_num_threads(1)
+    run = tmp_path_factory.mktemp("alone") / "run"
+    return reconstruct(ParticleStack.open(few.particles), run, settings(SMALLEST, stages=("amortized",)))
+
+
+@pytest.fixture(scope="module")
 def finished(simulated, tmp_path_factory):
     """The result of the run, and the checksums of its input before."""
     torch.set_num_threads(1)
@@ -187,6 +194,8 @@ def test_the_summary_counts_every_particle(result):
     summary = json.loads(result.run.summary.read_text())
     sources = summary["pose_sources"]
     assert sources["from_encoder"] + sources["from_search"] == summary["n_particles"] == N
+    # Fewer particles than the pilot are all searched for.
+    assert sources["searched"] == result.sources.searched == N
     assert 0 <= sources["encoder_and_search_agree"] <= N
     assert 0 <= sources["moved_by_refinement"] <= N
     assert sources["from_search"] == result.sources.from_search > 0
@@ -217,8 +226,10 @@ def test_the_settings_on_disk_repeat_the_run(result):
 
 def test_the_weights_on_disk_are_whole(result):
     encoder, volume = (load_file(path) for path in (result.run.encoder_weights, result.run.volume_weights))
-    assert encoder["features.0.weight"].shape == (8, 5, 3, 3)
-    assert sum(name.endswith("5.weight") for name in encoder if name.startswith("rotation_heads")) == 4
+    weights = {name.removeprefix("encoder."): value for name, value in encoder.items()}
+    # Real and imaginary parts of 12 rings; six numbers of a rotation, two of a shift, one score.
+    assert weights["features.0.convolution.weight"].shape == (8, 24, 1, 9)
+    assert weights["head.2.weight"].shape == (9, 16, 1, 1)
     assert volume["modulant.output.weight"].shape == (2, 64)
     assert all(torch.isfinite(value).all() for value in (*encoder.values(), *volume.values()))
 
@@ -251,4 +262,36 @@ def test_any_choice_of_stages_leads_to_a_map(few, tmp_path, stages, independent,
     assert found.halves_are_independent == independent
     assert found.run.encoder_weights.exists() == found.run.encoder_particles.exists() == with_encoder
     assert found.sources.from_encoder == (60 if stages[0] == "amortized" else 0)
+    assert found.sources.from_search == found.sources.searched == 60 - found.sources.from_encoder
     assert found.run.summary.is_file()
+
+
+# Each of the settings of the encoder's stage that choose between ways of doing it.
+CHOICES = [
+    {"encoder": "convolutional"},
+    {"encoder_input": "plain"},
+    {"symmetrization": "half-turn"},
+    {"volume": "voxels"},
+    {"wake_interval": 1},
+    {"first_radius": 4},
+    {"encoder_width": 8},
+    {"n_hypotheses": 4},
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: next(iter(choice)))
+def test_every_choice_of_the_encoder_s_stage_leads_to_a_map_and_to_another_one(
+    few, few_by_encoder_alone, tmp_path, choice
+):
+    plain = few_by_encoder_alone
+    amortized = {**SMALLEST["amortized"], **choice}
+    changes = {"stages": ("amortized",), "amortized": amortized}
+    found = reconstruct(ParticleStack.open(few.particles), tmp_path / "run", settings(SMALLEST, **changes))
+    assert torch.isfinite(found.map).all()
+    assert not torch.equal(found.map, plain.map)
+    assert found.run.encoder_weights.is_file()
+
+
+def test_the_choices_of_the_encoder_s_stage_are_all_that_makes_their_runs_differ(few, few_by_encoder_alone, tmp_path):
+    again = reconstruct(ParticleStack.open(few.particles), tmp_path / "run", settings(SMALLEST, stages=("amortized",)))
+    assert torch.equal(again.map, few_by_encoder_alone.map)

@@ -1,13 +1,15 @@
+from dataclasses import replace
+
 import pytest
 import roma
 import torch
 
 from cryoai.fourier import FourierDisc
 from cryoai.imaging import ImagingModel
-from cryoai.noise import log_likelihood
+from cryoai.noise import NoiseSpectrum, log_likelihood
 from cryoai.particles import ParticleBatch
 from cryoai.poses import Poses, angular_distance_in_degrees
-from cryoai.refinement import RefinedPoses, refine_poses
+from cryoai.refinement import RefinedPoses, refine_coarse_to_fine, refine_poses
 from cryoai.volumes import SampledVolume
 from oracles import make_optics, random_rotations, textbook_ctf
 from properties import unchanged
@@ -139,3 +141,87 @@ def test_of_two_answers_each_particle_takes_the_likelier(truth):
     assert torch.equal(best.poses.rotations[wins], other.rotations[wins])
     assert torch.equal(best.poses.shifts_in_angstroms[~wins], truth.shifts_in_angstroms[~wins])
     assert torch.equal(best.log_likelihoods, scores.clamp_min(0))
+
+
+def test_particles_are_selected_with_their_likelihoods(truth):
+    scores = torch.randn(N)
+    where = scores > 0
+    chosen = RefinedPoses(truth, scores)[where]
+    assert torch.equal(chosen.log_likelihoods, scores[where])
+    assert torch.equal(chosen.poses.rotations, truth.rotations[where])
+    assert torch.equal(chosen.poses.shifts_in_angstroms, truth.shifts_in_angstroms[where])
+
+
+def test_the_likelier_of_two_answers_is_taken_where_there_is_a_second_one(truth):
+    where = torch.arange(N) % 2 == 1
+    other = perturbed(truth, 90.0, 10.0)[where]
+    scores = torch.where(torch.arange(len(other)) % 3 == 0, 1.0, -1.0)
+    first = RefinedPoses(truth, torch.zeros(N))
+    second = RefinedPoses(other, scores)
+    with unchanged(first, second, where):
+        best = first.with_better(where, second)
+    rows = where.nonzero().flatten()
+    taken = rows[scores > 0]
+    assert torch.equal(best.poses.rotations[taken], other.rotations[scores > 0])
+    assert torch.equal(best.poses.shifts_in_angstroms[taken], other.shifts_in_angstroms[scores > 0])
+    assert torch.equal(best.log_likelihoods[taken], torch.ones(len(taken)))
+    left = torch.ones(N, dtype=torch.bool)
+    left[taken] = False
+    assert torch.equal(best.poses.rotations[left], truth.rotations[left])
+    assert torch.equal(best.poses.shifts_in_angstroms[left], truth.shifts_in_angstroms[left])
+    assert torch.equal(best.log_likelihoods[left], torch.zeros(int(left.sum())))
+
+
+NOISE = NoiseSpectrum(torch.linspace(0.5, 2.0, RADIUS + 1))
+
+
+def test_from_coarse_to_fine_poses_are_found_from_further_away(batch, truth, volume, imaging):
+    start = perturbed(truth, 40.0, 3 * PIXEL)
+    with unchanged(batch, start, volume):
+        found = refine_coarse_to_fine(batch, start, volume, imaging, NOISE, 3)
+    at_once = refine_poses(batch, start, volume, imaging, NOISE.precision(imaging), 9)
+    n_found, n_at_once = (
+        int((angular_distance_in_degrees(refined.poses.rotations, truth.rotations) < 1).sum())
+        for refined in (found, at_once)
+    )
+    assert n_found > 2 * n_at_once
+    assert n_found > 0.5 * N
+
+
+def test_from_coarse_to_fine_the_likelihood_is_that_of_the_whole_band(batch, truth, volume, imaging):
+    images = noisy(batch, 0.5)
+    found = refine_coarse_to_fine(images, perturbed(truth, 5.0, 5.0), volume, imaging, NOISE, 2)
+    predicted = imaging.predict(volume, found.poses, images.optics)
+    precision = torch.where(imaging.shells > 0, 1 / NOISE.variance[imaging.shells], 0.0)
+    expected = log_likelihood(images.coefficients, predicted, precision)
+    torch.testing.assert_close(found.log_likelihoods, expected, rtol=1e-4, atol=1e-2)
+    rotations = found.poses.rotations.double()
+    identity = torch.eye(3, dtype=torch.float64).expand_as(rotations)
+    torch.testing.assert_close(rotations @ rotations.transpose(-1, -2), identity, atol=1e-5, rtol=0)
+
+
+def test_from_coarse_to_fine_without_steps_the_start_is_only_judged(batch, truth, volume, imaging):
+    start = perturbed(truth, 3.0, PIXEL)
+    found = refine_coarse_to_fine(batch, start, volume, imaging, NOISE, 0)
+    assert torch.equal(found.poses.rotations, start.rotations)
+    assert torch.equal(found.poses.shifts_in_angstroms, start.shifts_in_angstroms)
+    predicted = imaging.predict(volume, start, batch.optics)
+    assert torch.equal(found.log_likelihoods, log_likelihood(batch.coefficients, predicted, NOISE.precision(imaging)))
+
+
+def test_from_coarse_to_fine_the_coarse_steps_come_first_and_never_exceed_the_band(
+    batch, truth, volume, imaging, monkeypatch
+):
+    radii = []
+
+    def spy(batch, poses, volume, imaging, precision, n_iterations):
+        radii.append(imaging.max_radius)
+        assert len(precision) == imaging.n_coefficients
+        return refine_poses(batch, poses, volume, imaging, precision, n_iterations)
+
+    monkeypatch.setattr("cryoai.refinement.refine_poses", spy)
+    refine_coarse_to_fine(batch, truth, volume, imaging, NOISE, 1)
+    assert radii == [5, 7, 10, 10]
+    radii.clear()
+    refine_coarse_to_fine(batch, truth, volume, replace(imaging, max_radius=3), NOISE, 1)
+    assert set(radii) == {3}

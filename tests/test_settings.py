@@ -35,6 +35,16 @@ def toml(path, values):
         ({"amortized": {"box": 32, "max_radius": 17}}, "amortized.max_radius"),
         ({"amortized": {"learning_rate": 0}}, "amortized.learning_rate"),
         ({"amortized": {"n_hypotheses": 0}}, "amortized.n_hypotheses"),
+        ({"amortized": {"n_hypotheses": 65}}, "amortized.n_hypotheses"),
+        ({"amortized": {"n_hypotheses": 12}}, "amortized.n_hypotheses"),
+        ({"amortized": {"encoder": "transformer"}}, "amortized.encoder"),
+        ({"amortized": {"encoder_input": "whitened"}}, "amortized.encoder_input"),
+        ({"amortized": {"encoder_width": 3}}, "amortized.encoder_width"),
+        ({"amortized": {"symmetrization": "quarter-turn"}}, "amortized.symmetrization"),
+        ({"amortized": {"volume": "gaussians"}}, "amortized.volume"),
+        ({"amortized": {"wake_interval": 0}}, "amortized.wake_interval"),
+        ({"amortized": {"first_radius": 1}}, "amortized.first_radius"),
+        ({"amortized": {"max_radius": 10, "first_radius": 11}}, "amortized.first_radius"),
         ({"amortized": {"wake_batch_size": 1}}, "amortized.wake_batch_size"),
         ({"amortized": {"sleep_batch_size": -1}}, "amortized.sleep_batch_size"),
         ({"placement": {"n_iterations": -1}}, "placement.n_iterations"),
@@ -77,13 +87,35 @@ def test_without_anything_given_the_settings_are_the_defaults():
     assert assembled() == Settings()
 
 
+def test_a_refusal_names_both_of_two_settings_that_do_not_fit_together():
+    message = refusal(assembled, {"amortized": {"max_radius": 10, "first_radius": 11}})
+    assert "11" in message
+    assert "max_radius, 10" in message
+    assert "polar" in refusal(assembled, {"amortized": {"n_hypotheses": 12}})
+    assert "polar" in refusal(assembled, {"amortized": {"n_hypotheses": 1}})
+
+
+@pytest.mark.parametrize(
+    ("encoder", "n_hypotheses"), [("polar", 2), ("polar", 64), ("convolutional", 1), ("convolutional", 3)]
+)
+def test_the_polar_encoder_takes_powers_of_two_and_the_convolutional_one_any_number(encoder, n_hypotheses):
+    given = {"encoder": encoder, "n_hypotheses": n_hypotheses}
+    assert assembled({"amortized": given}).amortized.n_hypotheses == n_hypotheses
+
+
+def test_the_band_limit_may_grow_or_be_there_from_the_start():
+    for first in (2, 12):
+        assert assembled({"amortized": {"max_radius": 12, "first_radius": first}}).amortized.first_radius == first
+
+
 def test_the_preset_of_the_paper_is_the_published_method():
     paper = assembled(preset="paper")
     assert paper.stages == ("amortized",)
     assert paper.placement.n_iterations == 0
     a = paper.amortized
     assert (a.n_hypotheses, a.sleep_batch_size, a.encoder_width, a.volume_width) == (1, 0, 64, 256)
-    assert (a.learning_rate, a.wake_batch_size, a.volume_oversampling) == (1e-4, 64, 2)
+    assert (a.encoder, a.symmetrization, a.volume) == ("convolutional", "half-turn", "fouriernet")
+    assert a.volume_oversampling == 2
 
 
 def test_a_flag_wins_over_the_file_and_the_file_over_the_preset(tmp_path):

@@ -6,7 +6,7 @@ import roma
 import torch
 
 from cryoai.bootstrap import BootstrapSchedule, Reference
-from cryoai.encoder import PoseEncoder
+from cryoai.encoder import PolarEncoder
 from cryoai.fourier import FourierDisc
 from cryoai.model import CryoAI
 from cryoai.noise import NoiseSpectrum
@@ -15,6 +15,8 @@ from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.reconstruction import HalfSets
 from cryoai.simulation import protein_like_phantom, resample_map
 from cryoai.training.stages import Bootstrap, Estimate, ParticlePoses, Placement, Refinement, trial_poses
+from cryoai.training.stages.base import chunks_of_halves
+from cryoai.training.stages.placement import PlacementMetrics, reliable_from
 from cryoai.volumes import SampledVolume, VoxelVolume
 from oracles import make_optics, random_rotations
 from properties import unchanged
@@ -73,7 +75,7 @@ def particles_of(images, path):
 
 
 def make_model(particles):
-    encoder = PoseEncoder(BOX, n_hypotheses=2, max_shift_in_angstroms=10.0, width=4)
+    encoder = PolarEncoder(particles.disc, RADIUS, n_hypotheses=2, max_shift_in_angstroms=10.0, width=4)
     return CryoAI(encoder, VoxelVolume(torch.zeros(BOX, BOX, BOX)), particles.imaging(RADIUS)).eval()
 
 
@@ -145,6 +147,8 @@ def test_every_particle_is_placed_once_and_in_its_row(images, truth, reference, 
     assert errors.median() < 2
     assert (errors < 5).float().mean() > 0.9
     assert not placed.from_encoder.any()
+    assert placed.searched.all()
+    assert (last.from_encoder, last.searched) == (0, 1)
     assert placed.encoder is None
     # What was summed is every particle at its pose, no more and no less.
     full = particles.imaging(BOX)
@@ -181,12 +185,14 @@ def test_the_likelier_of_encoder_and_search_is_taken(images, truth, reference, t
     stage = place(particles, reference, model=model)
     finish(stage)
     placed = stage.result().particles
+    assert placed.searched.all()
     # An encoder that has learned nothing is seldom right, and never to the harm of the poses.
     assert placed.from_encoder.float().mean() < 0.5
     assert (angular_distance_in_degrees(placed.poses.rotations, truth.rotations) < 5).float().mean() > 0.9
     alone = place(particles, reference, model=model, searches=False)
     finish(alone)
     assert alone.result().particles.from_encoder.all()
+    assert not alone.result().particles.searched.any()
     assert torch.equal(alone.result().particles.encoder.rotations, placed.encoder.rotations)
     assert placed.start is placed.poses
 
@@ -208,6 +214,149 @@ def test_placement_needs_a_map_and_someone_to_propose(images, reference, tmp_pat
         place(particles, reference, searches=False)
 
 
+class KnownEncoder:
+    """Stands for the encoder of a Placement: proposes known poses (N,) and remembers whom it was asked about."""
+
+    def __init__(self, poses):
+        self.poses = poses
+        self.asked = []
+
+    def place(self, rows):
+        self.asked += rows.tolist()
+        return self.poses[rows]
+
+
+@pytest.fixture
+def small_pilot(monkeypatch):
+    monkeypatch.setattr("cryoai.training.stages.placement._PILOT", 32)
+    return 32
+
+
+def place_with(encoder_poses, particles, reference, **options):
+    """A finished Placement whose encoder proposes these poses (N,)."""
+    stage = place(particles, reference, model=make_model(particles), **options)
+    stage.encoder = KnownEncoder(encoder_poses)
+    searched, found = [], stage._searched
+    stage._searched = lambda rows: (searched.extend(rows.tolist()), found(rows))[1]
+    last = finish(stage)
+    assert sorted(stage.encoder.asked) == list(range(N))
+    placed = stage.result().particles
+    # What is said to have been searched for was, once, and nothing else.
+    assert sorted(searched) == placed.searched.nonzero().flatten().tolist()
+    assert last.searched == pytest.approx(float(placed.searched.float().mean()))
+    assert last.from_encoder == pytest.approx(float(placed.from_encoder.float().mean()))
+    return placed, stage
+
+
+def test_the_pilot_is_searched_for_and_little_else_where_the_encoder_is_right(
+    images, truth, reference, tmp_path, small_pilot
+):
+    placed, stage = place_with(truth, particles_of(images, tmp_path / "images"), reference)
+    first = torch.cat(stage.chunks[: small_pilot // 16])
+    assert placed.searched[first].all()
+    rest = torch.ones(N, dtype=torch.bool)
+    rest[first] = False
+    assert placed.searched[rest].float().mean() < 0.2
+    assert placed.from_encoder[~placed.searched].all()
+    # Where both were asked they agree; where not there was nothing to agree.
+    assert placed.sources_agree[placed.searched].float().mean() > 0.9
+    assert not placed.sources_agree[~placed.searched].any()
+    assert (angular_distance_in_degrees(placed.poses.rotations, truth.rotations) < 5).float().mean() > 0.95
+
+
+def test_everything_is_searched_for_where_the_encoder_is_useless(images, truth, reference, tmp_path, small_pilot):
+    guesses = Poses(random_rotations(N, seed=99).float(), torch.zeros(N, 2))
+    particles = particles_of(images, tmp_path / "images")
+    assert small_pilot < N
+    placed, _ = place_with(guesses, particles, reference)
+    assert placed.searched.float().mean() > 0.95
+    assert placed.from_encoder.float().mean() < 0.3
+    by_search = place(particles, reference)
+    finish(by_search)
+    # No worse than without an encoder.
+    errors, errors_by_search = (
+        angular_distance_in_degrees(poses.rotations, truth.rotations)
+        for poses in (placed.poses, by_search.result().particles.poses)
+    )
+    assert (errors < 5).sum() >= (errors_by_search < 5).sum()
+    assert (errors < 5).float().mean() > 0.9
+
+
+def test_after_the_pilot_those_are_searched_for_whose_encoder_was_wrong(
+    images, truth, reference, tmp_path, small_pilot
+):
+    wrong = torch.arange(N) % 3 == 0
+    guesses = random_rotations(N, seed=99).float()
+    poses = Poses(torch.where(wrong[:, None, None], guesses, truth.rotations), truth.shifts_in_angstroms)
+    # By chance or by refinement a guess may lead to the truth.
+    far = wrong & (angular_distance_in_degrees(guesses, truth.rotations) > 60)
+    placed, stage = place_with(poses, particles_of(images, tmp_path / "images"), reference)
+    rest = torch.ones(N, dtype=torch.bool)
+    rest[torch.cat(stage.chunks[: small_pilot // 16])] = False
+    assert placed.searched[rest & far].float().mean() > 0.95
+    assert placed.searched[rest & ~wrong].float().mean() < 0.4
+    assert placed.from_encoder[~wrong].float().mean() > 0.5
+    assert placed.from_encoder[far].float().mean() < 0.1
+    assert (angular_distance_in_degrees(placed.poses.rotations, truth.rotations) < 5).float().mean() > 0.9
+
+
+def test_as_long_as_the_pilot_lasts_everything_is_searched_for(images, truth, reference, tmp_path):
+    placed, _ = place_with(truth, particles_of(images, tmp_path / "images"), reference)
+    assert placed.searched.all()
+
+
+def test_the_order_of_the_chunks_begins_all_over_the_stack_and_keeps_the_halves_apart(
+    images, reference, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("cryoai.training.stages.base._CHUNK", 5)
+    stage = place(particles_of(images, tmp_path / "images"), reference)
+    in_order = chunks_of_halves(HALF_SET)
+    assert sorted(chunk.tolist() for chunk in stage.chunks) == sorted(chunk.tolist() for chunk in in_order)
+    beginning = torch.cat(stage.chunks[:6])
+    assert HALF_SET[beginning].float().mean() == pytest.approx(float(HALF_SET.float().mean()), abs=0.25)
+    assert beginning.max() - beginning.min() > 0.6 * N
+
+
+def test_placement_tells_who_posed_the_particles():
+    assert PlacementMetrics(10, 0.75, 0.5).headline == "75% posed by the encoder, 50% also searched"
+
+
+@pytest.mark.parametrize(
+    ("fit", "missed", "share", "expected"),
+    [
+        # The worst fit of all, where nothing was missed.
+        ([0.0, -3.0, 1.0, -1.0], [0, 0, 0, 0], 0.0, -3.0),
+        # Not a fit more than those without a miss, in whatever order they come.
+        ([-2.0, 0.0, -3.0, -1.0], [1, 0, 0, 0], 0.0, -1.0),
+        # One of four may be missed, so the first miss, fourth of the fits, does no harm, and the next does.
+        ([3.0, 2.0, 1.0, 0.0, -1.0], [0, 0, 0, 1, 1], 0.25, 0.0),
+        # A miss among the best is diluted by the many after it.
+        ([5.0, 4.0, 3.0, 2.0, 1.0], [1, 0, 0, 0, 0], 0.25, 1.0),
+        ([5.0, 4.0, 3.0], [1, 0, 0], 0.25, np.inf),
+        ([5.0, 4.0], [1, 1], 0.5, np.inf),
+        ([5.0, 4.0], [1, 1], 1.0, 4.0),
+        ([7.0], [0], 0.0, 7.0),
+        ([], [], 0.5, np.inf),
+    ],
+)
+def test_the_fit_from_which_on_the_encoder_is_reliable(fit, missed, share, expected):
+    fit, missed = torch.tensor(fit), torch.tensor(missed, dtype=torch.bool)
+    with unchanged(fit, missed):
+        found = reliable_from(fit, missed, share)
+    assert found == expected
+
+
+def test_of_the_particles_that_fit_reliably_few_enough_were_missed_and_a_lower_limit_would_let_too_many_in():
+    generator = torch.Generator().manual_seed(0)
+    for share in (0.01, 0.1, 0.4):
+        fit = torch.randn(500, generator=generator)
+        missed = torch.rand(500, generator=generator) < torch.sigmoid(-3 * fit)
+        limit = reliable_from(fit, missed, share)
+        assert missed[fit >= limit].float().mean() <= share
+        lower = [float(missed[fit >= other].float().mean()) for other in fit[fit < limit]]
+        assert min(lower) > share
+
+
 # ------------------------------------------------------------------------------ refinement
 
 
@@ -218,7 +367,9 @@ def placed_estimate(particles, poses, reference):
         rows = (half == HALF_SET).nonzero().flatten()
         sums.add(particles.batch(rows), poses[rows], full, (full.shells > 0).float())
     nobody = torch.zeros(N, dtype=torch.bool)
-    return Estimate(reference=reference, particles=ParticlePoses(poses, nobody, nobody, None, poses), half_sets=sets)
+    return Estimate(
+        reference=reference, particles=ParticlePoses(poses, nobody, nobody, nobody, None, poses), half_sets=sets
+    )
 
 
 def off_by(truth, degrees):

@@ -15,7 +15,7 @@ half maps, **evaluation** judges them.
 __version__ = "0.1.0"
 
 from cryoai.alignment import FrameChange, align_maps, align_poses
-from cryoai.encoder import PoseEncoder
+from cryoai.encoder import ConvolutionalEncoder, PolarEncoder
 from cryoai.errors import InputError, RunFailedError
 from cryoai.evaluation import map_errors, pose_errors
 from cryoai.formats.mrc import read_map, write_map
@@ -33,6 +33,7 @@ from cryoai.training.settings import Settings
 from cryoai.volumes import FourierNetVolume, SampledVolume, VoxelVolume
 
 __all__ = [
+    "ConvolutionalEncoder",
     "CryoAI",
     "FourierDisc",
     "FourierNetVolume",
@@ -41,7 +42,7 @@ __all__ = [
     "InputError",
     "Optics",
     "ParticleStack",
-    "PoseEncoder",
+    "PolarEncoder",
     "Poses",
     "Reconstruction",
     "ReconstructionSums",

@@ -10,7 +10,7 @@ import traceback
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -26,12 +26,14 @@ from cryoai.formats.atoms import MODEL_SUFFIXES, read_model_as_map
 from cryoai.formats.files import make_empty_folder
 from cryoai.formats.mrc import MrcMap, read_map
 from cryoai.hardware import choose_device, matrix_dtype
+from cryoai.inference import PosePredictor, infer_file
 from cryoai.particles import ParticleStack, read_poses
 from cryoai.report.figures import draw_particles_and_map
 from cryoai.runs import RunFolder, finite_or_none
 from cryoai.simulation import Microscope, protein_like_phantom, resample_map, simulate
 from cryoai.training.loop import reconstruct
 from cryoai.training.settings import Preset, Settings, describe
+from cryoai.watching import FollowedFolder
 
 __all__ = ["app", "main"]
 
@@ -188,6 +190,60 @@ def reconstruct_command(
     """
     chosen = Settings.assemble(preset, settings_file, settings.model_dump(exclude_unset=True))
     reconstruct(ParticleStack.open(particles, data_dir=data_dir), run_dir, chosen)
+
+
+@app.command(name="infer")
+def infer_command(
+    run_dir: Path,
+    *paths: Path,
+    watch: Path | None = None,
+    until_idle: float = math.inf,
+    refine: int = 0,
+    data_dir: Path | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> None:
+    """Pose particles that a run has never seen, with its encoder, each with a confidence.
+
+    cryoai infer RUN_DIR NEW.star OUT.star
+
+    cryoai infer RUN_DIR OUT_DIR --watch DIR
+
+    OUT.star is NEW.star with poses and rlnParticleFigureOfMerit: the probability that the pose is within 10°
+    of the right one. Particles that do not belong to the map of the run have one near 0. The images must be
+    of the run's kind: the same contrast, a box as large or larger, pixels as fine as its encoder's or finer.
+
+    Parameters
+    ----------
+    run_dir
+        Folder of a finished run with an encoder.
+    paths
+        Particle file and file to write, or with --watch the folder to write to.
+    watch
+        Folder to follow during data collection: every STAR file in it is posed once it is whole.
+    until_idle
+        With --watch, end when nothing new has come for so many seconds.
+    refine
+        Steps of local refinement of every pose at each of three band limits; 3 is plenty. Slower and finer.
+    data_dir
+        Folder that the image paths in the STAR file start from.
+    """
+    _require(0 <= refine <= 20, f"--refine {refine}: from 0 to 20 steps")
+    _require(until_idle > 0, f"--until-idle {until_idle}: must be positive")
+    if watch is None:
+        _require(len(paths) == 2, "infer: give RUN_DIR NEW.star OUT.star, or RUN_DIR OUT_DIR --watch DIR")
+        _require(until_idle == math.inf, "--until-idle: is for --watch DIR")
+    else:
+        _require(len(paths) == 1, "infer: with --watch DIR give RUN_DIR and the folder to write to")
+    run = RunFolder.open(run_dir)
+    predictor = PosePredictor.of_run(run, n_iterations=refine, device=choose_device(device))
+
+    def pose(source: Path, out: Path) -> None:
+        print(infer_file(predictor, source, out, data_dir=data_dir), flush=True)
+
+    if watch is None:
+        pose(*paths)
+    else:
+        FollowedFolder(watch, paths[0], pose, print).follow(until_idle)
 
 
 @app.command(name="evaluate")

@@ -1,22 +1,22 @@
 """What training minimises.
 
-* Wake: the symmetrized loss of CryoAI over several hypotheses. An encoder early in training is often
-  right up to a half turn of the image, so it is asked twice, about the image and about the image
-  turned by 180°, and the better answer is trained (Levy et al. 2022, equation 8).
-* Sleep: the distance of hypotheses to known poses of synthetic images.
+* Wake: the squared residual of the best of several hypotheses, the half turns of
+  :class:`~cryoai.encoder.SymmetrizedEncoder` among them.
+* Sleep: the distance of the nearest hypothesis to the known pose of a synthetic image.
+* Both: how surprised the encoder is to learn which of its hypotheses was the best.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cryoai.noise import log_likelihood
-from cryoai.poses import Poses
+from cryoai.poses import Hypotheses, Poses
 
-__all__ = ["BestHypothesis", "best_hypothesis", "pose_loss", "symmetrized"]
+__all__ = ["BestHypothesis", "best_hypothesis", "pose_loss", "score_loss"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,15 +27,6 @@ class BestHypothesis:
     choice: Tensor
 
 
-def symmetrized(direct: Poses, turned: Poses) -> Poses:
-    """Hypotheses (B, 2M) for images: (B, M) from the images, (B, M) from the images turned by 180°."""
-    back = turned.turned_by_pi()
-    return Poses(
-        torch.cat([direct.rotations, back.rotations], dim=1),
-        torch.cat([direct.shifts_in_angstroms, back.shifts_in_angstroms], dim=1),
-    )
-
-
 def best_hypothesis(observed: Tensor, predicted: Tensor, precision: Tensor) -> BestHypothesis:
     """The best of predictions (B, K, p) of observed coefficients (B, p), with its mean squared residual.
 
@@ -43,6 +34,7 @@ def best_hypothesis(observed: Tensor, predicted: Tensor, precision: Tensor) -> B
 
     Examples
     --------
+    >>> import torch
     >>> observed = torch.ones(1, 3, dtype=torch.complex64)
     >>> predicted = torch.stack([0 * observed, 0.5 * observed], dim=1)
     >>> best = best_hypothesis(observed, predicted, torch.ones(3))
@@ -64,3 +56,17 @@ def pose_loss(hypotheses: Poses, truth: Poses, *, shift_unit_in_angstroms: float
     shift = (hypotheses.shifts_in_angstroms - truth.shifts_in_angstroms[:, None]).square().sum(-1)
     nearest, choice = (rotation + shift / shift_unit_in_angstroms**2).min(dim=1)
     return BestHypothesis(nearest + mean_weight * rotation.mean(dim=1), choice)
+
+
+def score_loss(hypotheses: Hypotheses, best: Tensor) -> Tensor:
+    """Cross entropy (B,) between the encoder's probabilities and which hypothesis (B,) was the best.
+
+    Examples
+    --------
+    >>> import torch
+    >>> poses = Poses(torch.eye(3).expand(1, 2, 3, 3), torch.zeros(1, 2, 2))
+    >>> sure = Hypotheses(poses, torch.tensor([[0.9, 0.1]]).log())
+    >>> [round(float(score_loss(sure, torch.tensor([best]))), 2) for best in (0, 1)]
+    [0.11, 2.3]
+    """
+    return F.nll_loss(hypotheses.log_probabilities, best, reduction="none")

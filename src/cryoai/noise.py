@@ -14,7 +14,7 @@ from torch import Tensor
 from cryoai.fourier import shell_mean
 from cryoai.imaging import ImagingModel
 
-__all__ = ["NoiseSpectrum", "log_likelihood"]
+__all__ = ["NoiseSpectrum", "fit_z_scores", "log_likelihood"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,3 +48,23 @@ class NoiseSpectrum:
 def log_likelihood(observed: Tensor, predicted: Tensor, precision: Tensor) -> Tensor:
     """Log-likelihood (...), up to a constant, of coefficients (..., p) given their prediction."""
     return -((observed - predicted).abs().square() * precision).sum(-1)
+
+
+def fit_z_scores(observed: Tensor, predicted: Tensor, precision: Tensor) -> Tensor:
+    """How well coefficients (..., p) fit a prediction, compared with those that it is right for.
+
+    Over an empty image a prediction ``X`` gains ``2 Re <y, X> - |X|^2`` in log-likelihood (products
+    weighted by the precision). For images of ``X`` itself that is normal with mean ``|X|^2`` and
+    variance ``2 |X|^2``; the result (...) is the distance from that mean in standard deviations: near
+    zero where the prediction is right, very negative for a wrong pose, another molecule or noise.
+
+    Examples
+    --------
+    >>> import torch
+    >>> predicted = 10 * torch.ones(1, 4, dtype=torch.complex64)
+    >>> fit_z_scores(torch.cat([predicted, 0 * predicted]), predicted, torch.ones(4)).round(decimals=1)
+    tensor([  0.0000, -28.3000])
+    """
+    energy = (predicted.abs().square() * precision).sum(-1)
+    gain = 2 * ((observed * predicted.conj()).real * precision).sum(-1) - energy
+    return (gain - energy) / (2 * energy).sqrt().clamp_min(1e-6)

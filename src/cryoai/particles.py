@@ -22,7 +22,15 @@ from cryoai.noise import NoiseSpectrum
 from cryoai.optics import Optics, contrast_transfer_function
 from cryoai.poses import Poses, rotations_from_euler_angles, rotations_to_euler_angles
 
-__all__ = ["ContrastSign", "ParticleBatch", "ParticleStack", "PreparedParticles", "prepare_particles", "read_poses"]
+__all__ = [
+    "ContrastSign",
+    "ParticleBatch",
+    "ParticleStack",
+    "PreparedParticles",
+    "prepare_particles",
+    "read_poses",
+    "stream_particles",
+]
 
 _SMALLEST_BOX = 32
 _OPEN_FILES = 64
@@ -350,7 +358,8 @@ def prepare_particles(
         If an image is not finite or constant.
     """
     disc = FourierDisc.of_box(n_pixels, device=device)
-    optics, extents = _common_extent(stack, n_pixels)
+    extent = stack.pixel_size_in_angstroms * stack.n_pixels
+    optics, extents = _common_extent(stack, n_pixels, extent)
     shape = (stack.n_particles, disc.n_coefficients(), 2)
     rows = np.memmap(path, dtype=np.float16, mode="w+", shape=shape)
     blob_correlations = []
@@ -370,10 +379,35 @@ def prepare_particles(
     return PreparedParticles(path, disc, optics, pixel_size, contrast, disc.n_coefficients())
 
 
-def _common_extent(stack: ParticleStack, n_pixels: int) -> tuple[Optics, Tensor]:
+def stream_particles(
+    stack: ParticleStack,
+    n_pixels: int,
+    *,
+    extent_in_angstroms: float,
+    sign: int,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+) -> Iterator[ParticleBatch]:
+    """All particles in their order, normalised at a working box of this extent; read once and not stored.
+
+    Normalised like :func:`prepare_particles`, with the sign of the contrast given.
+
+    Raises
+    ------
+    InputError
+        If the pixels of a particle are too coarse for the working box, or an image is not finite or constant.
+    """
+    disc = FourierDisc.of_box(n_pixels, device=device)
+    optics, boxes = _common_extent(stack, n_pixels, extent_in_angstroms)
+    for indices in torch.arange(stack.n_particles).split(batch_size):
+        coefficients = sign * _normalised_coefficients(stack, indices, boxes, disc)
+        yield ParticleBatch(indices.to(device), coefficients, optics[indices].to(device))
+
+
+def _common_extent(stack: ParticleStack, n_pixels: int, extent_in_angstroms: float) -> tuple[Optics, Tensor]:
     """Optics at the working box, and the box (N,) that gives each particle the common extent."""
     optics = stack.optics
-    extent = stack.pixel_size_in_angstroms * stack.n_pixels
+    extent = extent_in_angstroms
     # Even boxes, like the images, so that the centre n // 2 stays where it is.
     boxes = 2 * (extent / optics.pixel_size_in_angstroms / 2).round().long()
     unchanged = (boxes - stack.n_pixels).abs() < 2
@@ -382,7 +416,8 @@ def _common_extent(stack: ParticleStack, n_pixels: int) -> tuple[Optics, Tensor]
         row = int(boxes.argmin())
         raise InputError(
             f"{stack.table.path}: particle row {row + 1} has pixels of {optics.pixel_size_in_angstroms[row]:g} Å, "
-            f"too coarse for a working box of {n_pixels} pixels; choose --box {int(boxes.min())} or smaller"
+            f"too coarse for {n_pixels} pixels in {extent:.0f} Å; give finer images or a working box (--box) "
+            f"of {int(boxes.min())} or fewer pixels"
         )
     return optics.at_box(boxes, n_pixels), boxes
 

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "Hypotheses",
     "Poses",
     "angular_distance_in_degrees",
     "half_turn",
     "rotation_grid",
+    "rotations_about_z",
     "rotations_from_euler_angles",
     "rotations_from_s2s2",
     "rotations_to_euler_angles",
@@ -57,6 +59,32 @@ class Poses:
     def turned_by_pi(self) -> Poses:
         """Poses of the same particles after every image is turned by 180° about its centre."""
         return Poses(half_turn(self.rotations), -self.shifts_in_angstroms)
+
+
+@dataclass(frozen=True, eq=False)
+class Hypotheses:
+    """Several poses (B, M) for each particle, and the logarithm (B, M) of the probability that each is the best."""
+
+    poses: Poses
+    log_probabilities: Tensor
+
+    def likeliest(self, n: int) -> Hypotheses:
+        """The ``n`` most probable of each particle, the most probable first; all if there are no more."""
+        log_probabilities, index = self.log_probabilities.topk(min(n, self.log_probabilities.shape[1]), dim=1)
+        return Hypotheses(self.poses.take(index), log_probabilities)
+
+
+def rotations_about_z(angles: Tensor) -> Tensor:
+    """Rotations (..., 3, 3) about the z axis by angles (...) in radians, x towards y.
+
+    Examples
+    --------
+    >>> (rotations_about_z(torch.tensor(math.pi / 3)) @ torch.tensor([1.0, 0.0, 0.0])).round(decimals=3)
+    tensor([0.5000, 0.8660, 0.0000])
+    """
+    zero = torch.zeros_like(angles)
+    rotations: Tensor = roma.rotvec_to_rotmat(torch.stack([zero, zero, angles], dim=-1))
+    return rotations
 
 
 def rotations_from_s2s2(vectors: Tensor) -> Tensor:

@@ -10,19 +10,19 @@ and ``r`` the residual, both divided by the standard deviation of the noise, a s
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import roma
 import torch
 from torch import Tensor
 
 from cryoai.imaging import ImagingModel
-from cryoai.noise import log_likelihood
+from cryoai.noise import NoiseSpectrum, log_likelihood
 from cryoai.particles import ParticleBatch
 from cryoai.poses import Poses
 from cryoai.volumes import SampledVolume
 
-__all__ = ["RefinedPoses", "refine_poses"]
+__all__ = ["RefinedPoses", "refine_coarse_to_fine", "refine_poses"]
 
 _DAMPING = 0.05
 # A shift may move the outermost shell by a sixth of a period in one step.
@@ -44,6 +44,18 @@ class RefinedPoses:
             torch.where(wins[:, None], other.poses.shifts_in_angstroms, self.poses.shifts_in_angstroms),
         )
         return RefinedPoses(poses, torch.where(wins, other.log_likelihoods, self.log_likelihoods))
+
+    def __getitem__(self, index: Tensor) -> RefinedPoses:
+        return RefinedPoses(self.poses[index], self.log_likelihoods[index])
+
+    def with_better(self, where: Tensor, other: RefinedPoses) -> RefinedPoses:
+        """These, with the likelier of the two at the particles ``where`` (B,); ``other`` holds only those."""
+        best = self[where].better_of(other)
+        rotations, shifts = self.poses.rotations.clone(), self.poses.shifts_in_angstroms.clone()
+        log_likelihoods = self.log_likelihoods.clone()
+        rotations[where], shifts[where] = best.poses.rotations, best.poses.shifts_in_angstroms
+        log_likelihoods[where] = best.log_likelihoods
+        return RefinedPoses(Poses(rotations, shifts), log_likelihoods)
 
 
 def refine_poses(
@@ -70,6 +82,26 @@ def refine_poses(
     predicted = imaging.predict(volume, poses, batch.optics)
     last = RefinedPoses(poses, log_likelihood(observed, predicted, precision))
     return last if best is None else best.better_of(last)
+
+
+def refine_coarse_to_fine(
+    batch: ParticleBatch,
+    start: Poses,
+    volume: SampledVolume,
+    imaging: ImagingModel,
+    noise: NoiseSpectrum,
+    n_iterations: int,
+) -> RefinedPoses:
+    """Refine at half, three quarters and all of the band limit of ``imaging``, in that order.
+
+    Each at ``n_iterations`` steps; the coarser the band, the further the maximum is seen from. The
+    log-likelihoods are those of the whole band. Without steps the start is only judged.
+    """
+    radius, poses = imaging.max_radius, start
+    for limit in sorted({max(4, radius // 2), max(4, 3 * radius // 4), radius}) if n_iterations else ():
+        coarse = replace(imaging, max_radius=min(limit, radius))
+        poses = refine_poses(batch, poses, volume, coarse, noise.precision(coarse), n_iterations).poses
+    return refine_poses(batch, poses, volume, imaging, noise.precision(imaging), 0)
 
 
 def _gauss_newton_step(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cryoai.errors import InputError
 
-__all__ = ["atomic_path", "make_empty_folder"]
+__all__ = ["atomic_path", "make_empty_folder", "writable_folder"]
 
 
 @contextmanager
@@ -41,9 +41,20 @@ def make_empty_folder(path: Path) -> None:
     InputError
         If it is not, or cannot be made or written to.
     """
+    if path.is_dir() and any(path.iterdir()):
+        raise InputError(f"{path}: the folder is not empty; give a new one or remove it")
+    writable_folder(path)
+
+
+def writable_folder(path: Path) -> None:
+    """Make a folder if it is not there yet, and see that it can be written to.
+
+    Raises
+    ------
+    InputError
+        If it cannot.
+    """
     try:
-        if path.is_dir() and any(path.iterdir()):
-            raise InputError(f"{path}: the folder is not empty; give a new one or remove it")
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass

@@ -14,18 +14,20 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from cryoai.bootstrap import BootstrapSchedule
-from cryoai.encoder import PoseEncoder
+from cryoai.bootstrap import BootstrapSchedule, Reference
+from cryoai.encoder import EncoderArchitecture
 from cryoai.errors import InputError
 from cryoai.formats.files import atomic_path
 from cryoai.hardware import choose_device
+from cryoai.inference import TrainedEncoder, encoder_inputs
 from cryoai.model import CryoAI
+from cryoai.noise import NoiseSpectrum
 from cryoai.particles import ParticleStack, PreparedParticles, prepare_particles
 from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.reconstruction import HalfMaps
 from cryoai.runs import RunFolder, finite_or_none
 from cryoai.training.monitor import Monitor
-from cryoai.training.settings import Settings
+from cryoai.training.settings import AmortizedSettings, Settings
 from cryoai.training.stages import (
     AGREEMENT_OF_EQUAL_MAPS,
     Amortized,
@@ -36,7 +38,7 @@ from cryoai.training.stages import (
     Stage,
     trial_poses,
 )
-from cryoai.volumes import FourierNetVolume
+from cryoai.volumes import AbstractVolume, FourierNetVolume, VoxelVolume
 
 __all__ = ["PoseSources", "Reconstruction", "reconstruct"]
 
@@ -44,20 +46,22 @@ _LARGEST_DEFAULT_BOX = 128
 _FEWEST_PARTICLES = 20
 _SIGNS = {"auto": None, "bright": 1, "dark": -1}
 _MOVED_IN_DEGREES = 1.0
+_KEPT_OPTICS = 1000
 
 
 @dataclass(frozen=True)
 class PoseSources:
     """How many particles took their pose from where.
 
-    Every pose starts as the likelier of the encoder's and the search's, both refined locally; where
-    both led to the same answer within 10° it counts for the likelier one and in
-    ``encoder_and_search_agree``. ``moved_by_refinement`` counts poses that ended more than 1° from
-    their start.
+    Every pose starts at the encoder's answer, refined locally. Particles that it does not fit well enough
+    are searched for too, and count for the search where it found a likelier pose; where both led to
+    the same answer within 10° they count in ``encoder_and_search_agree`` as well.
+    ``moved_by_refinement`` counts poses that ended more than 1° from their start.
     """
 
     from_encoder: int
     from_search: int
+    searched: int
     encoder_and_search_agree: int
     moved_by_refinement: int
 
@@ -146,6 +150,10 @@ def _run(stack: ParticleStack, folder: RunFolder, settings: Settings, box: int, 
             estimate = stage.result()
         result = _conclude(particles, estimate, half_set, settings, folder)
         _write(result, stack, particles, estimate, half_set, monitor)
+        if estimate.model is not None:
+            _trained_encoder(estimate.model, estimate, particles, result, settings).save(folder.encoder_weights)
+            _save_weights(estimate.model.volume, folder.volume_weights)
+        monitor.say(_verdict(result))
     return result
 
 
@@ -245,35 +253,46 @@ def _build_amortized(
     small = particles.cropped(chosen.box)
     imaging = small.imaging(chosen.max_radius)
     extent = small.n_pixels * small.pixel_size_in_angstroms
-    pilot = small.batch(torch.arange(min(1000, small.n_particles)), chosen.max_radius).coefficients
     # Weights are drawn from the global generator: seed it, and leave it as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        encoder = PoseEncoder(
-            small.n_pixels,
-            n_hypotheses=chosen.n_hypotheses,
-            max_shift_in_angstroms=chosen.max_shift_in_boxes * extent,
-            width=chosen.encoder_width,
-        )
-        volume = FourierNetVolume(
-            small.n_pixels,
-            width=chosen.volume_width,
-            scale=float(pilot.abs().square().mean().sqrt()),
-            sampling_oversampling=chosen.volume_oversampling,
-        )
+        encoder = _architecture(small, chosen).build(small.disc, chosen.max_radius)
+        volume = _build_volume(small, chosen)
     return Amortized(
         small,
         estimate,
-        CryoAI(encoder, volume, imaging).to(particles.disc.device),
+        CryoAI(encoder, volume, imaging, encoder_inputs[chosen.encoder_input]).to(particles.disc.device),
         n_steps=chosen.n_steps,
         n_fit_steps=chosen.n_fit_steps,
         wake_batch_size=chosen.wake_batch_size,
         sleep_batch_size=chosen.sleep_batch_size,
+        wake_interval=chosen.wake_interval,
+        first_radius=chosen.first_radius or chosen.max_radius,
         learning_rate=chosen.learning_rate,
         volume_learning_rate=chosen.volume_learning_rate,
         shift_std_in_angstroms=chosen.shift_std_in_boxes * extent,
         generator=generator,
     )
+
+
+def _architecture(particles: PreparedParticles, chosen: AmortizedSettings) -> EncoderArchitecture:
+    extent = particles.n_pixels * particles.pixel_size_in_angstroms
+    return EncoderArchitecture(
+        kind=chosen.encoder,
+        n_hypotheses=chosen.n_hypotheses,
+        width=chosen.encoder_width,
+        max_shift_in_angstroms=chosen.max_shift_in_boxes * extent,
+        symmetrization=chosen.symmetrization,
+    )
+
+
+def _build_volume(particles: PreparedParticles, chosen: AmortizedSettings) -> AbstractVolume:
+    n = particles.n_pixels
+    pilot = particles.batch(torch.arange(min(1000, particles.n_particles)), chosen.max_radius).coefficients
+    scale = float(pilot.abs().square().mean().sqrt())
+    if chosen.volume == "voxels":
+        return VoxelVolume(1e-3 * scale * torch.randn(n, n, n), sampling_oversampling=chosen.volume_oversampling)
+    return FourierNetVolume(n, width=chosen.volume_width, scale=scale, sampling_oversampling=chosen.volume_oversampling)
 
 
 # ------------------------------------------------------------------------------ results
@@ -299,6 +318,7 @@ def _conclude(
         sources=PoseSources(
             n_from_encoder,
             len(half_set) - n_from_encoder,
+            int(placed.searched.sum()),
             int(placed.sources_agree.sum()),
             int((moved > _MOVED_IN_DEGREES).sum()),
         ),
@@ -324,9 +344,6 @@ def _write(
     stack.write(run.particles, result.poses, subset)
     if estimate.particles is not None and estimate.particles.encoder is not None:
         stack.write(run.encoder_particles, estimate.particles.encoder.to("cpu"), subset)
-    if estimate.model is not None:
-        _save_weights(estimate.model.encoder, run.encoder_weights)
-        _save_weights(estimate.model.volume, run.volume_weights)
     run.write_json(
         run.summary,
         {
@@ -349,7 +366,33 @@ def _write(
             "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "numpy", "roma")},
         },
     )
-    monitor.say(_verdict(result))
+
+
+def _trained_encoder(
+    model: CryoAI, estimate: Estimate, particles: PreparedParticles, result: Reconstruction, settings: Settings
+) -> TrainedEncoder:
+    """The encoder, and what the final map leaves unexplained of some particles, for later inference."""
+    assert estimate.reference is not None
+    small, imaging = particles.cropped(model.imaging.disc.n_pixels), model.imaging
+    rows = torch.linspace(0, small.n_particles - 1, min(_KEPT_OPTICS, small.n_particles)).long()
+    batch = small.batch(rows, imaging.max_radius)
+    noise = NoiseSpectrum(estimate.reference.noise.variance[: imaging.max_radius + 1])
+    volume = Reference(result.map, imaging.max_radius, noise).at_box(small.n_pixels).sampled()
+    predicted = imaging.predict(volume, result.poses[rows].to(batch.coefficients.device), batch.optics)
+    chosen = settings.amortized
+    return TrainedEncoder(
+        architecture=_architecture(small, chosen),
+        input=chosen.encoder_input,
+        weights=model.encoder.state_dict(),
+        n_pixels=small.n_pixels,
+        pixel_size_in_angstroms=small.pixel_size_in_angstroms,
+        max_radius=imaging.max_radius,
+        contrast_sign=particles.contrast.sign,
+        noise=noise,
+        residual_noise=NoiseSpectrum.of_residuals(batch.coefficients - predicted, imaging),
+        optics=batch.optics,
+        shift_std_in_angstroms=chosen.shift_std_in_boxes * small.n_pixels * small.pixel_size_in_angstroms,
+    )
 
 
 def _save_weights(module: nn.Module, path: Path) -> None:

@@ -60,21 +60,33 @@ class AmortizedSettings(_Frozen):
     """Side in pixels of the images that the encoder sees."""
     max_radius: Annotated[int, Field(ge=4, le=128)] = 12
     """Band limit of encoder, volume and loss, in Fourier pixels."""
-    n_hypotheses: Annotated[int, Field(ge=1, le=64)] = 8
-    """Rotation heads; each image is judged twice as often, as it is and turned by 180 degrees."""
-    encoder_width: Annotated[int, Field(ge=4, le=128)] = 16
-    """Channels of the first block of the encoder; 64 as published."""
+    encoder: Literal["polar", "convolutional"] = "polar"
+    """polar knows what an in-plane rotation is; convolutional is the published one."""
+    encoder_input: Literal["matched", "plain"] = "matched"
+    """What the encoder is shown: the image multiplied by its CTF and whitened, or the image."""
+    encoder_width: Annotated[int, Field(ge=4, le=512)] = 96
+    """Channels of a layer of the polar encoder, or of the first block of the convolutional one (64 as published)."""
+    n_hypotheses: Annotated[int, Field(ge=1, le=64)] = 16
+    """Poses proposed for an image: directions in the plane (polar: a power of two) or rotation heads."""
+    symmetrization: Literal["none", "half-turn"] = "none"
+    """half-turn asks the encoder about the image turned by 180 degrees too; to the polar one that is nothing new."""
+    volume: Literal["fouriernet", "voxels"] = "fouriernet"
+    """The implicit volume, or an explicit grid of densities."""
     volume_width: Annotated[int, Field(ge=16, le=1024)] = 256
-    """Units of the layers of the volume; 256 as published."""
+    """Units of the layers of FourierNet; 256 as published."""
     volume_oversampling: Annotated[int, Field(ge=1, le=4)] = 1
     """Points per Fourier pixel of the lattice that slices of the volume are interpolated from."""
-    n_steps: Positive = 400
+    n_steps: Positive = 2000
     """Optimizer steps."""
     wake_batch_size: Annotated[int, Field(ge=2)] = 32
     """Images of the data set in a step."""
-    sleep_batch_size: Annotated[int, Field(ge=0)] = 192
+    sleep_batch_size: Annotated[int, Field(ge=0)] = 96
     """Synthetic images of the current volume in a step; 0 for none."""
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    wake_interval: Positive = 10
+    """Every so many steps the images of the data set are looked at and the volume moves; synthetic ones always."""
+    first_radius: Annotated[int, Field(ge=2, le=128)] | None = None
+    """Band limit of the first step; it grows to max_radius over the first half of the steps. Default: max_radius."""
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 8e-3
     """Of the encoder; it rises over the first 5 % of the steps and falls as a cosine."""
     volume_learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     """Of the volume, on the same schedule; the map of Bootstrap needs little change, and its frame none."""
@@ -145,6 +157,14 @@ class Settings(_Frozen):
             raise InputError(
                 f"setting amortized.max_radius: {radius}; at most half of the box, {box // 2}, is possible"
             )
+        first = self.amortized.first_radius
+        if first is not None and first > radius:
+            raise InputError(f"setting amortized.first_radius: {first}; at most max_radius, {radius}, is possible")
+        n_hypotheses = self.amortized.n_hypotheses
+        if self.amortized.encoder == "polar" and (n_hypotheses == 1 or n_hypotheses.bit_count() != 1):
+            raise InputError(
+                f"setting amortized.n_hypotheses: {n_hypotheses}; the polar encoder needs a power of two from 2 to 64"
+            )
         return self
 
     @classmethod
@@ -174,9 +194,11 @@ _PRESETS: dict[Preset, dict[str, Any]] = {
     "paper": {
         "stages": ("amortized",),
         "amortized": {
-            "n_hypotheses": 1,
-            "sleep_batch_size": 0,
+            "encoder": "convolutional",
             "encoder_width": 64,
+            "n_hypotheses": 1,
+            "symmetrization": "half-turn",
+            "sleep_batch_size": 0,
             "volume_oversampling": 2,
             "wake_batch_size": 64,
             "learning_rate": 1e-4,

@@ -49,9 +49,11 @@ class ParticlePoses:
     poses
         (N,), the current ones.
     from_encoder : (N,) bool
-        Whether the likelier start was the encoder's; otherwise it was the search's.
+        Whether the start was the encoder's; otherwise the search had a likelier one.
+    searched : (N,) bool
+        Whether there was a search at all.
     sources_agree : (N,) bool
-        Whether both starts led to the same answer within 10°.
+        Whether encoder and search led to the same answer within 10°, where both were asked.
     encoder : Poses or None
         The encoder's own (N,), before any refinement.
     start : Poses
@@ -60,6 +62,7 @@ class ParticlePoses:
 
     poses: Poses
     from_encoder: Tensor
+    searched: Tensor
     sources_agree: Tensor
     encoder: Poses | None
     start: Poses

@@ -9,18 +9,23 @@ from torch import Tensor
 
 from cryoai.bootstrap import BootstrapSchedule, Reference, search_box
 from cryoai.model import CryoAI
-from cryoai.particles import ParticleBatch, PreparedParticles
+from cryoai.noise import fit_z_scores
+from cryoai.particles import PreparedParticles
 from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.reconstruction import HalfSets
-from cryoai.refinement import RefinedPoses, refine_poses
+from cryoai.refinement import RefinedPoses, refine_coarse_to_fine
 from cryoai.search import Templates, TrialPoses, search_poses, shift_grid
 from cryoai.training.stages.base import Estimate, ParticlePoses, assign_poses, blank_poses, chunks_of_halves
 from cryoai.volumes import SampledVolume
 
-__all__ = ["Placement", "PlacementMetrics", "trial_poses"]
+__all__ = ["Placement", "PlacementMetrics", "reliable_from", "trial_poses"]
 
 # Two poses of one particle nearer than this are one answer.
 _SAME_ANSWER_IN_DEGREES = 10.0
+# So many particles are asked of both encoder and search, to learn from which fit on the encoder can be
+# relied upon: that above which the search finds something better for at most this share.
+_PILOT = 2000
+_MISSED = 0.001
 
 
 @dataclass(frozen=True)
@@ -29,18 +34,20 @@ class PlacementMetrics:
 
     n_placed: int
     from_encoder: float
-    sources_agree: float
+    searched: float
 
     @property
     def headline(self) -> str:
-        return f"{self.from_encoder:.0%} posed by the encoder, {self.sources_agree:.0%} by both alike"
+        return f"{self.from_encoder:.0%} posed by the encoder, {self.searched:.0%} also searched"
 
 
 class Placement:
-    """The first pose of every particle: the likeliest of all that encoder and search propose.
+    """The first pose of every particle: the encoder's where it fits, else the likelier of it and a search's.
 
     One pass over the particles. Every proposal is refined locally against the common reference
-    before it is judged. The images enter the sums of their half sets on the way.
+    before it is judged. Of the first two thousand, spread over the stack, all are searched too; from then
+    on only those whose fit to the encoder's pose is such that the search had something better to
+    offer. The images enter the sums of their half sets on the way.
 
     Parameters
     ----------
@@ -70,15 +77,13 @@ class Placement:
         self.reference = estimate.reference
         self.n_iterations = n_iterations
         self.half_set = half_set
-        self.chunks = chunks_of_halves(half_set)
+        self.chunks = _spread(chunks_of_halves(half_set))
         self.n_chunks_done = 0
         self.n_placed = 0
         self.coarse = particles.cropped(search_box(self.reference.max_radius, particles.n_pixels))
         self.volume = self.reference.at_box(self.coarse.n_pixels).sampled()
-        radius = self.reference.max_radius
-        self.radii = sorted({max(4, radius // 2), max(4, 3 * radius // 4), radius})
         device = particles.disc.device
-        imaging = self.coarse.imaging(radius)
+        imaging = self.coarse.imaging(self.reference.max_radius)
         self.templates = None if trials is None else Templates.of(self.volume, trials, imaging)
         n = particles.n_particles
         self.full = particles.imaging(particles.disc.max_radius)
@@ -88,6 +93,10 @@ class Placement:
         self.encoder = None if estimate.model is None else _Encoder.of(estimate.model, particles, self.reference)
         self.from_encoder = torch.zeros(n, dtype=torch.bool, device=device)
         self.sources_agree = torch.zeros(n, dtype=torch.bool, device=device)
+        self.searched = torch.zeros(n, dtype=torch.bool, device=device)
+        self.fit = torch.full((n,), -torch.inf, device=device)
+        self.missed = torch.zeros(n, dtype=torch.bool, device=device)
+        self.good_fit: float | None = None
 
     @property
     def finished(self) -> bool:
@@ -109,44 +118,67 @@ class Placement:
         return PlacementMetrics(
             self.n_placed,
             float(self.from_encoder.sum()) / self.n_placed,
-            float(self.sources_agree.sum()) / self.n_placed,
+            float(self.searched.sum()) / self.n_placed,
         )
 
     def result(self) -> Estimate:
         encoder_poses = None if self.encoder is None else self.encoder.poses
-        placed = ParticlePoses(self.poses, self.from_encoder, self.sources_agree, encoder_poses, self.poses)
+        placed = ParticlePoses(
+            self.poses, self.from_encoder, self.searched, self.sources_agree, encoder_poses, self.poses
+        )
         return replace(self.estimate, particles=placed, half_sets=self.half_sets)
 
     def _place(self, rows: Tensor) -> RefinedPoses:
-        batch = self.coarse.batch(rows, self.reference.max_radius)
-        proposals = []
-        if self.templates is not None:
-            proposals.append(self._refined(batch, self._searched(batch, self.templates)))
-        if self.encoder is not None:
-            proposals.append(self._refined(batch, self.encoder.place(rows)))
-        index = rows.to(self.poses.rotations.device)
-        if len(proposals) == 1:
-            self.from_encoder[index] = self.templates is None
-            return proposals[0]
-        searched, encoded_refined = proposals
-        self.from_encoder[index] = encoded_refined.log_likelihoods > searched.log_likelihoods
-        distance = angular_distance_in_degrees(encoded_refined.poses.rotations, searched.poses.rotations)
+        index = rows.to(self.fit.device)
+        if self.encoder is None:
+            self.searched[index] = True
+            return self._searched(rows)
+        encoded = self._refined(rows, self.encoder.place(rows))
+        self.from_encoder[index] = True
+        if self.templates is None:
+            return encoded
+        self.fit[index] = self._fit(rows, encoded.poses)
+        doubtful = self._doubtful(index)
+        if bool(doubtful.any()):
+            searched = self._searched(rows[doubtful.cpu()])
+            self._compare(index[doubtful], encoded[doubtful], searched)
+            encoded = encoded.with_better(doubtful, searched)
+        return encoded
+
+    def _doubtful(self, index: Tensor) -> Tensor:
+        """Which (B,) of the particles just posed by the encoder are to be searched for."""
+        if self.n_placed < _PILOT:
+            return torch.ones_like(index, dtype=torch.bool)
+        if self.good_fit is None:
+            self.good_fit = reliable_from(self.fit[self.searched], self.missed[self.searched], _MISSED)
+        return self.fit[index] < self.good_fit
+
+    def _compare(self, index: Tensor, encoded: RefinedPoses, searched: RefinedPoses) -> None:
+        """Write down for the particles ``index`` which source was right."""
+        likelier = searched.log_likelihoods > encoded.log_likelihoods
+        distance = angular_distance_in_degrees(encoded.poses.rotations, searched.poses.rotations)
+        self.searched[index] = True
         self.sources_agree[index] = distance < _SAME_ANSWER_IN_DEGREES
-        return searched.better_of(encoded_refined)
+        self.missed[index] = likelier & (distance >= _SAME_ANSWER_IN_DEGREES)
+        self.from_encoder[index] = ~likelier
 
-    def _searched(self, batch: ParticleBatch, templates: Templates) -> Poses:
+    def _searched(self, rows: Tensor) -> RefinedPoses:
+        assert self.templates is not None
         imaging = self.coarse.imaging(self.reference.max_radius)
+        batch = self.coarse.batch(rows, self.reference.max_radius)
         precision = self.reference.noise.precision(imaging)
-        return search_poses(batch, templates, imaging, precision, 1).poses[:, 0]
+        return self._refined(rows, search_poses(batch, self.templates, imaging, precision, 1).poses[:, 0])
 
-    def _refined(self, batch: ParticleBatch, start: Poses) -> RefinedPoses:
-        poses = start
-        for radius in self.radii if self.n_iterations else ():
-            imaging = self.coarse.imaging(radius)
-            precision = self.reference.noise.precision(imaging)
-            poses = refine_poses(batch, poses, self.volume, imaging, precision, self.n_iterations).poses
+    def _fit(self, rows: Tensor, poses: Poses) -> Tensor:
         imaging = self.coarse.imaging(self.reference.max_radius)
-        return refine_poses(batch, poses, self.volume, imaging, self.reference.noise.precision(imaging), 0)
+        batch = self.coarse.batch(rows, self.reference.max_radius)
+        predicted = imaging.predict(self.volume, poses, batch.optics)
+        return fit_z_scores(batch.coefficients, predicted, self.reference.noise.precision(imaging))
+
+    def _refined(self, rows: Tensor, start: Poses) -> RefinedPoses:
+        batch = self.coarse.batch(rows, self.reference.max_radius)
+        imaging = self.coarse.imaging(self.reference.max_radius)
+        return refine_coarse_to_fine(batch, start, self.volume, imaging, self.reference.noise, self.n_iterations)
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,10 +207,31 @@ class _Encoder:
     def place(self, rows: Tensor) -> Poses:
         """The likeliest hypothesis for each of the particles; it also enters the table."""
         batch = self.particles.batch(rows, self.model.imaging.max_radius)
-        hypotheses = self.model.propose(batch, self.precision)
-        poses = self.model.judge(batch, hypotheses, self.volume, self.precision).poses
+        poses = self.model.place(batch, self.volume, self.precision).poses
         assign_poses(self.poses, rows, poses)
         return poses
+
+
+def _spread(chunks: list[Tensor]) -> list[Tensor]:
+    """The chunks in an order whose beginning is spread over all of them."""
+    stride = max(1, len(chunks) // 4)
+    return [chunk for offset in range(stride) for chunk in chunks[offset::stride]]
+
+
+def reliable_from(fit: Tensor, missed: Tensor, share: float) -> float:
+    """The lowest fit (n,) such that of the particles that fit as well or better at most a share was missed (n,).
+
+    Infinite if not even the best fit is reliable.
+
+    Examples
+    --------
+    >>> reliable_from(torch.tensor([0.0, -1.0, -2.0, -3.0]), torch.tensor([False, False, True, True]), 0.1)
+    -1.0
+    """
+    ordered, order = fit.sort(descending=True)
+    missed_so_far = missed[order].cumsum(0) / torch.arange(1, len(fit) + 1, device=fit.device)
+    reliable = (missed_so_far <= share).nonzero()
+    return float(ordered[reliable[-1, 0]]) if len(reliable) else torch.inf
 
 
 def trial_poses(particles: PreparedParticles, schedule: BootstrapSchedule, n_rotations: int) -> TrialPoses:

@@ -1,0 +1,357 @@
+"""Inference: poses for particles that the encoder has never seen, each with a confidence.
+
+One streaming pass: an image is read, normalised, shown to the encoder, and the likeliest of the most
+probable hypotheses under the map of the run is its pose. No image is read twice or kept.
+
+The confidence is the probability that a pose is within 10° of the right one. What it goes by - the
+fit of image and prediction, the encoder's own probability, the lead over the next answer - is turned
+into a probability by logistic regression on synthetic particles of the run's own map, whose poses
+are known (Platt 1999). Particles that fit worse than nearly all of those whose pose was found do not
+belong to the map at all, whatever the encoder thinks of them, and lose their confidence.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import roma
+import safetensors
+import safetensors.torch
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from cryoai.bootstrap import Reference
+from cryoai.encoder import EncoderArchitecture, PoseEncoder
+from cryoai.errors import InputError
+from cryoai.formats.files import atomic_path
+from cryoai.formats.mrc import read_map
+from cryoai.fourier import FourierDisc
+from cryoai.imaging import ImagingModel
+from cryoai.model import CryoAI, Placing, matched_filter, unfiltered
+from cryoai.noise import NoiseSpectrum
+from cryoai.optics import Optics
+from cryoai.particles import ParticleBatch, ParticleStack, stream_particles
+from cryoai.poses import Poses, angular_distance_in_degrees
+from cryoai.refinement import refine_coarse_to_fine
+from cryoai.runs import RunFolder
+from cryoai.volumes import SampledVolume, VoxelVolume
+
+__all__ = ["Confidence", "Inferred", "PosePredictor", "TrainedEncoder", "encoder_inputs", "infer_file"]
+
+RIGHT_IN_DEGREES = 10.0
+"""Poses nearer to the truth than this are right."""
+_BATCH = 1000
+_N_SYNTHETIC = 6000
+# Share of the particles whose pose was found that fit so badly that they lose confidence.
+_WORST_FITS = 0.02
+_RIDGE = 1e-3
+_SURE, _FEW = 0.9, 0.05
+# A box may be smaller than that of the run by the rounding of an even number of pixels.
+_ROUNDING_IN_PIXELS = 2.0
+
+encoder_inputs = {"matched": matched_filter, "plain": unfiltered}
+"""What an encoder can be shown, by name."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedEncoder:
+    """An encoder with all that it needs to know about the particles that it was trained on.
+
+    Attributes
+    ----------
+    architecture, input, weights
+        The network, what it is shown (a key of :data:`encoder_inputs`), and its parameters.
+    n_pixels, pixel_size_in_angstroms, max_radius
+        Box and band limit of the images that it sees.
+    contrast_sign
+        What the images were multiplied by.
+    noise
+        That whitened its input.
+    residual_noise
+        What the final map leaves unexplained.
+    optics
+        Optical parameters (m,) of some of its particles, at its box.
+    shift_std_in_angstroms
+        Of its synthetic particles, in each axis.
+    """
+
+    architecture: EncoderArchitecture
+    input: Literal["matched", "plain"]
+    weights: dict[str, Tensor]
+    n_pixels: int
+    pixel_size_in_angstroms: float
+    max_radius: int
+    contrast_sign: int
+    noise: NoiseSpectrum
+    residual_noise: NoiseSpectrum
+    optics: Optics
+    shift_std_in_angstroms: float
+
+    def save(self, path: Path) -> None:
+        """Write everything to one safetensors file."""
+        tensors = {f"encoder.{name}": value for name, value in self.weights.items()}
+        tensors |= {f"optics.{name}": value for name, value in vars(self.optics).items()}
+        tensors |= {"noise": self.noise.variance, "residual_noise": self.residual_noise.variance}
+        about = {
+            "architecture": asdict(self.architecture),
+            "input": self.input,
+            "n_pixels": self.n_pixels,
+            "pixel_size_in_angstroms": self.pixel_size_in_angstroms,
+            "max_radius": self.max_radius,
+            "contrast_sign": self.contrast_sign,
+            "shift_std_in_angstroms": self.shift_std_in_angstroms,
+        }
+        with atomic_path(path) as temporary:
+            safetensors.torch.save_file(
+                {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
+                temporary,
+                metadata={"cryoai": json.dumps(about)},
+            )
+
+    @classmethod
+    def load(cls, path: Path) -> TrainedEncoder:
+        """Read a file of :meth:`save`.
+
+        Raises
+        ------
+        InputError
+            If there is none, or it is none of ours.
+        """
+        if not path.is_file():
+            raise InputError(f"{path.parent}: the run has no encoder ({path.name}); make one with stage amortized")
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                about = json.loads((file.metadata() or {})["cryoai"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return cls(
+                architecture=EncoderArchitecture(**about.pop("architecture")),
+                weights=_with_prefix(tensors, "encoder."),
+                noise=NoiseSpectrum(tensors["noise"]),
+                residual_noise=NoiseSpectrum(tensors["residual_noise"]),
+                optics=Optics(**_with_prefix(tensors, "optics.")),
+                **about,
+            )
+        except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: not an encoder of this program ({error}); run reconstruct again") from None
+
+    def build(self, disc: FourierDisc) -> PoseEncoder:
+        """The network with its weights, ready to be asked."""
+        encoder = self.architecture.build(disc, self.max_radius)
+        encoder.load_state_dict(self.weights)
+        return encoder.to(disc.device).eval()
+
+
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+# ------------------------------------------------------------------------------ confidence
+
+
+@dataclass(frozen=True, eq=False)
+class Confidence:
+    """From what speaks for a pose to the probability that it is right.
+
+    ``weights`` (f,) belong to the features of :func:`_features`; ``fits`` (q,) are evenly spaced
+    quantiles of the fit of particles whose pose was found.
+    """
+
+    weights: Tensor
+    fits: Tensor
+
+    @classmethod
+    def learn(cls, placing: Placing, right: Tensor) -> Confidence:
+        """From placings (n,) of which it is known which were right (n,)."""
+        features, target = _features(placing), right.double()
+        weights = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
+        ridge = _RIDGE * len(features) * torch.eye(len(weights), dtype=torch.float64, device=features.device)
+        for _ in range(30):  # Newton; the ridge keeps it finite where the classes do not overlap
+            p = torch.sigmoid(features @ weights)
+            hessian = (features.T * (p * (1 - p)).clamp_min(1e-6)) @ features + ridge
+            weights = weights + torch.linalg.solve(hessian, features.T @ (target - p) - ridge @ weights)
+        found = placing.fit[right] if bool(right.any()) else placing.fit
+        return cls(weights, torch.quantile(found.double(), torch.linspace(0, 1, 1001).to(found).double()))
+
+    def __call__(self, placing: Placing) -> Tensor:
+        """Probabilities (B,) that the poses are right."""
+        probability = torch.sigmoid(_features(placing) @ self.weights)
+        rank = torch.searchsorted(self.fits, placing.fit.double()) / (len(self.fits) - 1)
+        return (probability * (rank / _WORST_FITS).clamp(max=1)).float()
+
+
+def _features(placing: Placing) -> Tensor:
+    """What a confidence goes by (B, 6), each of order one."""
+    fit = placing.fit.double().clamp(-30, 10) / 5
+    probability = torch.logit(placing.probability.double(), eps=1e-4) / 3
+    lead = placing.lead.double().clamp_min(0).sqrt() / 3
+    one = torch.ones_like(fit)
+    return torch.stack([one, fit, probability, lead, fit.square(), fit * probability], dim=-1)
+
+
+# ------------------------------------------------------------------------------ prediction
+
+
+@dataclass(frozen=True, eq=False)
+class Inferred:
+    """Poses (N,) and the probability (N,) that each is within 10° of the right one."""
+
+    poses: Poses
+    confidence: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PosePredictor:
+    """A trained encoder before the map of its run."""
+
+    trained: TrainedEncoder
+    model: CryoAI
+    volume: SampledVolume
+    confidence: Confidence
+    n_iterations: int
+
+    @classmethod
+    def of_run(cls, run: RunFolder, *, n_iterations: int, device: torch.device) -> PosePredictor:
+        """Load the encoder and the map of a run, and learn from synthetic particles how sure to be.
+
+        Parameters
+        ----------
+        n_iterations
+            Steps of local refinement of every pose at each of three band limits; 0 for none.
+
+        Raises
+        ------
+        InputError
+            If the run has no encoder.
+        """
+        trained = TrainedEncoder.load(run.encoder_weights)
+        disc = FourierDisc.of_box(trained.n_pixels, device=device)
+        imaging = ImagingModel(disc, trained.pixel_size_in_angstroms, trained.max_radius)
+        density = torch.from_numpy(read_map(run.map).density).to(device)
+        reference = Reference(density, trained.max_radius, trained.noise).at_box(trained.n_pixels)
+        model = CryoAI(trained.build(disc), VoxelVolume(reference.density), imaging, encoder_inputs[trained.input])
+        blank = Confidence(torch.zeros(0), torch.zeros(0))
+        bare = cls(trained, model.eval(), reference.sampled(), blank, n_iterations)
+        return replace(bare, confidence=Confidence.learn(*bare._rehearse(_N_SYNTHETIC, seed=0)))
+
+    def place(self, batch: ParticleBatch) -> Placing:
+        """The pose of each of the particles, and what speaks for it."""
+        imaging = self.model.imaging
+        precision = self._on_device(self.trained.noise).precision(imaging)
+        return self.model.place(batch, self.volume, precision, refine=self._refine if self.n_iterations else None)
+
+    def infer(self, stack: ParticleStack, progress: Callable[[int], object] = lambda _n_done: None) -> Inferred:
+        """Pose all particles of a stack.
+
+        Raises
+        ------
+        InputError
+            If the pixels of the images are too coarse, their box is smaller than that of the run, or
+            an image is not finite or constant.
+        """
+        parts = []
+        for batch in self._stream(stack):
+            placing = self.place(batch)
+            parts.append(Inferred(placing.poses.to("cpu"), self.confidence(placing).cpu()))
+            progress(int(batch.indices[-1]) + 1)
+        return Inferred(
+            Poses(
+                torch.cat([part.poses.rotations for part in parts]),
+                torch.cat([part.poses.shifts_in_angstroms for part in parts]),
+            ),
+            torch.cat([part.confidence for part in parts]),
+        )
+
+    def _stream(self, stack: ParticleStack) -> Iterator[ParticleBatch]:
+        trained = self.trained
+        extent = trained.n_pixels * trained.pixel_size_in_angstroms
+        pixel_size = stack.pixel_size_in_angstroms
+        path = stack.table.path
+        if pixel_size * trained.n_pixels > extent + 1e-3:
+            raise InputError(
+                f"{path}: pixels of {pixel_size:g} Å, but the encoder looks at {trained.pixel_size_in_angstroms:g} Å; "
+                "information would be lost: give images of that pixel size or finer"
+            )
+        if stack.n_pixels * pixel_size < extent - _ROUNDING_IN_PIXELS * pixel_size:
+            raise InputError(
+                f"{path}: a box of {stack.n_pixels * pixel_size:.0f} Å, but the run's images have {extent:.0f} Å; "
+                f"extract with a box of at least {extent / pixel_size:.0f} pixels"
+            )
+        return stream_particles(
+            stack,
+            trained.n_pixels,
+            extent_in_angstroms=extent,
+            sign=trained.contrast_sign,
+            batch_size=_BATCH,
+            device=self.model.imaging.disc.device,
+        )
+
+    def _refine(self, batch: ParticleBatch, start: Poses) -> Poses:
+        noise = self._on_device(self.trained.noise)
+        return refine_coarse_to_fine(batch, start, self.volume, self.model.imaging, noise, self.n_iterations).poses
+
+    def _on_device(self, noise: NoiseSpectrum) -> NoiseSpectrum:
+        return NoiseSpectrum(noise.variance.to(self.model.imaging.disc.device))
+
+    @torch.no_grad()
+    def _rehearse(self, n: int, seed: int) -> tuple[Placing, Tensor]:
+        """Place synthetic particles of the map; the placings (n,), and which (n,) are right."""
+        generator = torch.Generator().manual_seed(seed)
+        imaging, device = self.model.imaging, self.model.imaging.disc.device
+        deviation = (self._on_device(self.trained.residual_noise).variance[imaging.shells] / 2).sqrt()
+        placings, right = [], []
+        for rows in torch.randint(len(self.trained.optics), (n,), generator=generator).split(_BATCH):
+            optics = self.trained.optics[rows].to(device)
+            shifts = self.trained.shift_std_in_angstroms * torch.randn(len(rows), 2, generator=generator)
+            truth = Poses(roma.random_rotmat(len(rows), generator=generator), shifts).to(device)
+            clean = imaging.predict(self.volume, truth, optics)
+            noise = torch.view_as_complex(torch.randn(*clean.shape, 2, generator=generator)).to(device)
+            placing = self.place(ParticleBatch(rows, clean + deviation * noise, optics))
+            distance = angular_distance_in_degrees(placing.poses.rotations, truth.rotations)
+            placings.append(placing)
+            right.append(distance < RIGHT_IN_DEGREES)
+        return Placing.cat(placings), torch.cat(right)
+
+
+def infer_file(predictor: PosePredictor, source: Path, out: Path, *, data_dir: Path | None) -> str:
+    """Pose the particles of a STAR file into another one; returns a line that says what came of it.
+
+    Raises
+    ------
+    InputError
+        If the particles cannot be read or do not suit the predictor, or the output would replace the input.
+    """
+    if out.resolve() == source.resolve():
+        raise InputError(f"{out}: is the input; give another file to write")
+    started = time.monotonic()
+    stack = ParticleStack.open(source, data_dir=data_dir)
+    with _progress_bar() as bar:
+        task = bar.add_task(source.name, total=stack.n_particles)
+        found = predictor.infer(stack, lambda n_done: bar.update(task, completed=n_done))
+    stack.write(out, found.poses, {"rlnParticleFigureOfMerit": found.confidence.double().numpy()})
+    rate = stack.n_particles / (time.monotonic() - started)
+    sure = float((found.confidence > _SURE).float().mean())
+    line = f"{out}: {stack.n_particles:,} particles posed, {rate:,.0f} a second; {sure:.0%} with a confidence over 0.9"
+    if sure < _FEW:
+        line += " (few: are these particles of the run's molecule, and of its contrast?)"
+    return line
+
+
+def _progress_bar() -> Progress:
+    console = Console()
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
