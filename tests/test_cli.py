@@ -20,35 +20,6 @@ IMAGES = np.random.default_rng(0).normal(size=(N, BOX, BOX)).astype(np.float32)
 COLUMNS = particle_columns(N)
 
 
-@pytest.fixture
-def complaint(capsys):
-    """Run a command that must be refused; returns its one line without the name of the program."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        assert main([str(a) for a in arguments]) == 2
-        lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1
-        assert lines[0].startswith("cryoai: error: ")
-        return lines[0].removeprefix("cryoai: error: ")
-
-    return run
-
-
-@pytest.fixture
-def output(capsys):
-    """Run a command that must succeed; returns what it printed."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        assert main([str(a) for a in arguments]) == 0
-        captured = capsys.readouterr()
-        assert captured.err == ""
-        return captured.out
-
-    return run
-
-
 def without(columns, name):
     return {key: cells for key, cells in columns.items() if key != name}
 
@@ -205,7 +176,7 @@ def test_a_command_that_is_unknown_or_incomplete_is_refused(complaint, arguments
 def test_help_version_and_info_are_had_without_any_files(output):
     assert output("--version").strip() == cryoai.__version__
     text = output("--help")
-    for verb in ("demo", "simulate", "reconstruct", "evaluate", "info"):
+    for verb in ("demo", "simulate", "reconstruct", "infer", "evaluate", "info"):
         assert verb in text
         assert f"cryoai {verb}" in output(verb, "--help")
     info = output("info")

@@ -7,7 +7,8 @@ import torch
 
 from cryoai.formats.star import read_particles
 from cryoai.fourier import FourierDisc
-from cryoai.particles import ParticleStack, prepare_particles
+from cryoai.optics import Optics
+from cryoai.particles import ParticleBatch, ParticleStack, prepare_particles, stream_particles
 from cryoai.poses import Poses, angular_distance_in_degrees, rotation_grid
 from cryoai.simulation import protein_like_phantom, simulate
 from stacks import (
@@ -312,3 +313,93 @@ def test_a_batch_reads_its_own_rows_from_the_file_and_no_others(noisy, tmp_path)
     rows[7] = 1
     rows.flush()
     assert (prepared.batch(torch.tensor([7])).coefficients == 1 + 1j).all()
+
+
+# ------------------------------------------------------------------------------ streaming
+
+
+def streamed(stack, n_pixels, batch_size=1000, sign=1, extent=None):
+    """All batches of a stream, joined."""
+    extent = extent or stack.n_pixels * stack.pixel_size_in_angstroms
+    batches = list(
+        stream_particles(stack, n_pixels, extent_in_angstroms=extent, sign=sign, batch_size=batch_size, device="cpu")
+    )
+    indices, coefficients = (torch.cat([getattr(b, name) for b in batches]) for name in ("indices", "coefficients"))
+    columns = zip(*(vars(batch.optics).values() for batch in batches), strict=True)
+    return ParticleBatch(indices, coefficients, Optics(*map(torch.cat, columns))), [len(batch) for batch in batches]
+
+
+@pytest.mark.parametrize("n_pixels", [64, 40])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_stream_of_particles_is_what_preparing_them_would_store(noisy, tmp_path, n_pixels, sign):
+    stack = first_rows(noisy, 50, tmp_path)
+    stored = prepare_particles(stack, n_pixels, tmp_path / "c.f16", sign=sign).batch(torch.arange(50))
+    found, _ = streamed(stack, n_pixels, sign=sign)
+    # The file holds them in half precision; rounded like it they are the same to the last bit.
+    assert torch.equal(torch.view_as_real(found.coefficients).half().float(), torch.view_as_real(stored.coefficients))
+    assert torch.equal(found.indices, stored.indices)
+    assert all(torch.equal(value, getattr(stored.optics, name)) for name, value in vars(found.optics).items())
+
+
+@pytest.mark.parametrize(("batch_size", "sizes"), [(1, [1] * 20), (7, [7, 7, 6]), (20, [20]), (1000, [20])])
+def test_every_particle_is_streamed_once_and_in_its_place_whatever_the_batch_size(noisy, tmp_path, batch_size, sizes):
+    stack = first_rows(noisy, 20, tmp_path)
+    found, found_sizes = streamed(stack, 32, batch_size)
+    assert found_sizes == sizes
+    assert found.indices.tolist() == list(range(20))
+    disc = FourierDisc.of_box(32)
+    expected = disc.from_images(stack.images(torch.arange(20)))
+    assert correlations(disc.to_images(found.coefficients), disc.to_images(expected)).min() > 0.99
+    torch.testing.assert_close(found.optics.defocus_u_in_angstroms, stack.optics.defocus_u_in_angstroms)
+
+
+def assert_nearly_the_same_particles(found, expected):
+    """All coefficients but the origin agree, up to what two estimates of one deviation differ by."""
+    for one, other in zip(found.coefficients[:, 1:], expected.coefficients[:, 1:], strict=True):
+        ratio = (one.conj() * other).real.sum() / one.abs().square().sum()
+        assert float(ratio) == pytest.approx(1, abs=0.08)
+        torch.testing.assert_close(ratio * one, other, atol=1e-3, rtol=0)
+    for name, value in vars(found.optics).items():
+        torch.testing.assert_close(value, getattr(expected.optics, name))
+
+
+def test_of_a_larger_box_the_same_extent_is_streamed(tmp_path):
+    large = np.random.default_rng(1).normal(size=(6, 80, 80)) + np.hanning(80)[:, None] * np.hanning(80)
+    for name in ("large", "cut"):
+        (tmp_path / name).mkdir()
+    found, _ = streamed(stack_of(tmp_path / "large", large), 32, extent=64 * 3.0)
+    expected, _ = streamed(stack_of(tmp_path / "cut", large[:, 8:72, 8:72]), 32)
+    assert_nearly_the_same_particles(found, expected)
+
+
+def test_finer_pixels_of_the_same_particles_give_the_same_coefficients(tmp_path):
+    fine = np.random.default_rng(2).normal(size=(6, 128, 128)) + np.hanning(128)[:, None] * np.hanning(128)
+    spectrum = np.fft.fftshift(np.fft.fft2(np.fft.ifftshift(fine, axes=(1, 2))), axes=(1, 2))[:, 32:96, 32:96]
+    coarse = np.fft.fftshift(np.fft.ifft2(np.fft.ifftshift(spectrum, axes=(1, 2))).real, axes=(1, 2)) / 4
+    stacks = []
+    for pixel_size, images in ((1.5, fine), (3.0, coarse)):
+        folder = tmp_path / str(pixel_size)
+        folder.mkdir()
+        write_images(folder / "images.mrcs", images)
+        optics = OPTICS | {"rlnImagePixelSize": [pixel_size]}
+        stacks.append(ParticleStack.open(write_star(folder / "p.star", particle_columns(6), optics)))
+    found, expected = (streamed(stack, 32, extent=192.0)[0] for stack in stacks)
+    assert_nearly_the_same_particles(found, expected)
+
+
+def test_images_that_cannot_be_streamed_are_named(tmp_path):
+    images = NOISE.copy()
+    images[3] = 0.5
+    stack = stack_of(tmp_path, images)
+    assert refusal(streamed, stack, BOX).endswith(
+        f"the image of row 4, 4@{tmp_path}/images.mrcs, is constant; remove the row"
+    )
+    assert "particle row 1 has pixels of 3 Å, too coarse for 32 pixels in 60 Å" in refusal(
+        streamed, stack, BOX, extent=60.0
+    )
+    with mrcfile.mmap(tmp_path / "images.mrcs", mode="r+") as file:
+        file.data[3, 5, 7] = np.nan
+    assert "row 4, 4@" in refusal(streamed, stack, BOX)
+    # Before it nothing is amiss, and it is not looked at before its turn.
+    stream = stream_particles(stack, BOX, extent_in_angstroms=96.0, sign=1, batch_size=3)
+    assert next(stream).coefficients.isfinite().all()

@@ -77,9 +77,13 @@ class ParticleStack:
     torch.Size([2, 64, 64])
     """
 
-    def __init__(self, table: ParticleTable, stacks: tuple[MrcStack, ...]) -> None:
+    def __init__(
+        self, table: ParticleTable, stacks: tuple[MrcStack, ...], rows: NDArray[np.int64] | None = None
+    ) -> None:
         self.table = table
         self._stacks = stacks
+        # Of each particle in the file, to name it by when something is wrong with it.
+        self._rows = np.arange(len(table)) if rows is None else rows
         self._open: OrderedDict[int, np.memmap] = OrderedDict()
 
     @classmethod
@@ -105,6 +109,11 @@ class ParticleStack:
         stacks = tuple(open_stack(_find_stack(name, roots, table.path)) for name in table.images.names)
         _check_stacks(table, stacks)
         return cls(table, stacks)
+
+    def take(self, indices: Tensor) -> ParticleStack:
+        """The particles of rows ``indices`` (B,) only, in that order; to be read, not to be written."""
+        chosen = indices.cpu().numpy()
+        return ParticleStack(self.table.take(chosen), self._stacks, self._rows[chosen])
 
     @property
     def n_particles(self) -> int:
@@ -182,7 +191,7 @@ class ParticleStack:
     def _name_image(self, row: int) -> str:
         references = self.table.images
         stack = self._stacks[references.stack[row]].path
-        return f"{self.table.path}: the image of row {row + 1}, {references.index[row] + 1}@{stack},"
+        return f"{self.table.path}: the image of row {self._rows[row] + 1}, {references.index[row] + 1}@{stack},"
 
 
 def _image_roots(star: Path, data_dir: Path | None) -> list[Path]:
@@ -414,8 +423,9 @@ def _common_extent(stack: ParticleStack, n_pixels: int, extent_in_angstroms: flo
     boxes = torch.where(unchanged, stack.n_pixels, boxes)
     if int(boxes.min()) < n_pixels:
         row = int(boxes.argmin())
+        pixel_size = float(optics.pixel_size_in_angstroms[row])
         raise InputError(
-            f"{stack.table.path}: particle row {row + 1} has pixels of {optics.pixel_size_in_angstroms[row]:g} Å, "
+            f"{stack.table.path}: particle row {stack._rows[row] + 1} has pixels of {pixel_size:g} Å, "
             f"too coarse for {n_pixels} pixels in {extent:.0f} Å; give finer images or a working box (--box) "
             f"of {int(boxes.min())} or fewer pixels"
         )

@@ -152,6 +152,9 @@ class HalfSets:
         first, second = (ReconstructionSums.empty(n_pixels, radius, device=device) for _ in range(2))
         return cls((first, second))
 
+    def __add__(self, other: HalfSets) -> HalfSets:
+        return HalfSets((self.sums[0] + other.sums[0], self.sums[1] + other.sums[1]))
+
     def half_maps(self) -> HalfMaps:
         """Solve both halves without a prior and compare them inside a soft sphere."""
         n = self.sums[0].lattice.n_pixels

@@ -86,6 +86,11 @@ class RunFolder:
         return self.path / "prepared_images.f16"
 
     @property
+    def prepared_block(self) -> Path:
+        """Scratch file of the images of a block of particles that were left out at first; removed likewise."""
+        return self.path / "prepared_block.f16"
+
+    @property
     def map(self) -> Path:
         return self.path / "map.mrc"
 

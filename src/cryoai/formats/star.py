@@ -7,7 +7,7 @@ written back differs from what was read in nothing but the columns that changed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +68,19 @@ class ParticleTable:
 
     def __len__(self) -> int:
         return len(self.pixel_size_in_angstroms)
+
+    def take(self, rows: NDArray[np.int64]) -> ParticleTable:
+        """The numbers of some rows; ``blocks`` remains that of the whole file."""
+        chosen = {
+            item.name: getattr(self, item.name)[rows]
+            for item in fields(self)
+            if isinstance(getattr(self, item.name), np.ndarray)
+        }
+        images = ImageReferences(self.images.names, self.images.stack[rows], self.images.index[rows])
+        poses = self.poses
+        if poses is not None:
+            poses = PoseColumns(poses.angles_in_degrees[rows], poses.origins_in_angstroms[rows])
+        return replace(self, images=images, poses=poses, **chosen)
 
 
 def read_particles(path: Path) -> ParticleTable:

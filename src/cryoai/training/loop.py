@@ -26,12 +26,14 @@ from cryoai.particles import ParticleStack, PreparedParticles, prepare_particles
 from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.reconstruction import HalfMaps
 from cryoai.runs import RunFolder, finite_or_none
+from cryoai.search import TrialPoses
 from cryoai.training.monitor import Monitor
 from cryoai.training.settings import AmortizedSettings, Settings
 from cryoai.training.stages import (
     AGREEMENT_OF_EQUAL_MAPS,
     Amortized,
     Bootstrap,
+    Completion,
     Estimate,
     Placement,
     Refinement,
@@ -130,31 +132,41 @@ def reconstruct(particles: ParticleStack, run: str | Path, settings: Settings | 
         folder.discard()
         raise
     finally:
-        folder.prepared_images.unlink(missing_ok=True)
+        for scratch in (folder.prepared_images, folder.prepared_block):
+            scratch.unlink(missing_ok=True)
 
 
 def _run(stack: ParticleStack, folder: RunFolder, settings: Settings, box: int, device: torch.device) -> Reconstruction:
     generator = torch.Generator().manual_seed(settings.seed)
     half_set = _random_halves(stack.n_particles, generator)
+    kept = _kept_particles(stack.n_particles, settings.max_particles, generator)
     folder.write_text(folder.settings, settings.to_toml())
     with Monitor(folder) as monitor:
-        particles = _prepare(stack, folder, settings, box, device, monitor)
+        particles = _prepare(stack, kept, folder, settings, box, device, monitor)
         estimate = Estimate()
         for name in _plan(settings):
-            stage = _build(name, particles, estimate, half_set, settings, generator)
-            monitor.begin(stage.name)
-            while not stage.finished:
-                metrics = stage.step()
-                monitor.update(metrics, stage.progress)
-            monitor.end(metrics.headline)
-            estimate = stage.result()
+            stage = _build(name, particles, estimate, half_set[kept], settings, generator)
+            estimate = _carry_out(stage, monitor)
+        if len(kept) < stack.n_particles:
+            completion = _build_completion(stack, kept, particles, estimate, half_set, settings, folder)
+            estimate = _carry_out(completion, monitor)
         result = _conclude(particles, estimate, half_set, settings, folder)
         _write(result, stack, particles, estimate, half_set, monitor)
         if estimate.model is not None:
-            _trained_encoder(estimate.model, estimate, particles, result, settings).save(folder.encoder_weights)
+            noise = _noise_at_the_end(estimate, particles, result.map, result.poses[kept])
+            _trained_encoder(estimate.model, noise, particles, settings).save(folder.encoder_weights)
             _save_weights(estimate.model.volume, folder.volume_weights)
         monitor.say(_verdict(result))
     return result
+
+
+def _carry_out(stage: Stage, monitor: Monitor) -> Estimate:
+    monitor.begin(stage.name)
+    while not stage.finished:
+        metrics = stage.step()
+        monitor.update(metrics, stage.progress)
+    monitor.end(metrics.headline)
+    return stage.result()
 
 
 def _working_box(particles: ParticleStack, settings: Settings) -> int:
@@ -179,6 +191,13 @@ def _random_halves(n_particles: int, generator: torch.Generator) -> Tensor:
     return half_set
 
 
+def _kept_particles(n_particles: int, at_most: int, generator: torch.Generator) -> Tensor:
+    """Rows that map and encoder are made from: all, or as many as allowed, drawn at random."""
+    if n_particles <= at_most:
+        return torch.arange(n_particles)
+    return torch.randperm(n_particles, generator=generator)[:at_most].sort().values
+
+
 def _plan(settings: Settings) -> list[str]:
     """The stages to run: those chosen, and Placement before poses are refined or written."""
     names: list[str] = [name for name in settings.stages if name != "refinement"]
@@ -186,21 +205,28 @@ def _plan(settings: Settings) -> list[str]:
 
 
 def _prepare(
-    stack: ParticleStack, folder: RunFolder, settings: Settings, box: int, device: torch.device, monitor: Monitor
+    stack: ParticleStack,
+    kept: Tensor,
+    folder: RunFolder,
+    settings: Settings,
+    box: int,
+    device: torch.device,
+    monitor: Monitor,
 ) -> PreparedParticles:
     monitor.begin("prepare")
     particles = prepare_particles(
-        stack,
+        stack.take(kept),
         box,
         folder.prepared_images,
         sign=_SIGNS[settings.contrast],
         device=device,
-        progress=lambda n_done: monitor.advance(n_done / stack.n_particles),
+        progress=lambda n_done: monitor.advance(n_done / len(kept)),
     )
+    some = "" if len(kept) == stack.n_particles else f" of {stack.n_particles:,}"
     sign = particles.contrast
     how = "detected" if settings.contrast == "auto" else "as stated"
     monitor.end(
-        f"{stack.n_particles} particles of {stack.n_pixels} px, working box {box} px of "
+        f"{len(kept):,}{some} particles of {stack.n_pixels} px, working box {box} px of "
         f"{particles.pixel_size_in_angstroms:.2f} Å; protein is {'bright' if sign.sign > 0 else 'dark'} "
         f"({how}; z = {sign.z_score:.1f})"
     )
@@ -216,12 +242,7 @@ def _build(
     generator: torch.Generator,
 ) -> Stage:
     """The stage called ``name``, with the settings spelled out as arguments."""
-    schedule = BootstrapSchedule(
-        n_steps=settings.bootstrap.n_steps,
-        batch_size=settings.bootstrap.batch_size,
-        last_radius=min(settings.bootstrap.last_radius, particles.disc.max_radius),
-        n_rotations=settings.bootstrap.n_rotations,
-    )
+    schedule = _schedule(particles, settings)
     if name == "bootstrap":
         return Bootstrap(
             particles,
@@ -234,8 +255,7 @@ def _build(
     if name == "amortized":
         return _build_amortized(particles, estimate, settings, generator)
     if name == "placement":
-        searches = "bootstrap" in settings.stages
-        trials = trial_poses(particles, schedule, settings.placement.n_rotations) if searches else None
+        trials = _placement_trials(particles, settings)
         return Placement(particles, estimate, half_set, trials, n_iterations=settings.placement.n_iterations)
     return Refinement(
         particles,
@@ -243,6 +263,45 @@ def _build(
         half_set,
         max_rounds=settings.refinement.max_rounds,
         n_iterations=settings.refinement.n_iterations,
+    )
+
+
+def _schedule(particles: PreparedParticles, settings: Settings) -> BootstrapSchedule:
+    return BootstrapSchedule(
+        n_steps=settings.bootstrap.n_steps,
+        batch_size=settings.bootstrap.batch_size,
+        last_radius=min(settings.bootstrap.last_radius, particles.disc.max_radius),
+        n_rotations=settings.bootstrap.n_rotations,
+    )
+
+
+def _placement_trials(particles: PreparedParticles, settings: Settings) -> TrialPoses | None:
+    """Poses to search where there was a search from the start; else the encoder stands alone."""
+    if "bootstrap" not in settings.stages:
+        return None
+    return trial_poses(particles, _schedule(particles, settings), settings.placement.n_rotations)
+
+
+def _build_completion(
+    stack: ParticleStack,
+    kept: Tensor,
+    particles: PreparedParticles,
+    estimate: Estimate,
+    half_set: Tensor,
+    settings: Settings,
+    folder: RunFolder,
+) -> Completion:
+    return Completion(
+        stack,
+        kept,
+        particles,
+        estimate,
+        half_set,
+        _placement_trials(particles, settings),
+        folder.prepared_block,
+        n_placement_iterations=settings.placement.n_iterations,
+        # Without Refinement no pose is refined against a half map, here neither.
+        n_iterations=settings.refinement.n_iterations if "refinement" in settings.stages else 0,
     )
 
 
@@ -368,29 +427,37 @@ def _write(
     )
 
 
-def _trained_encoder(
-    model: CryoAI, estimate: Estimate, particles: PreparedParticles, result: Reconstruction, settings: Settings
-) -> TrainedEncoder:
-    """The encoder, and what the final map leaves unexplained of some particles, for later inference."""
+def _noise_at_the_end(
+    estimate: Estimate, particles: PreparedParticles, density: Tensor, poses: Poses
+) -> tuple[NoiseSpectrum, NoiseSpectrum]:
+    """The noise that whitened the encoder's input, and what the final map leaves unexplained of some particles."""
+    assert estimate.model is not None
     assert estimate.reference is not None
-    small, imaging = particles.cropped(model.imaging.disc.n_pixels), model.imaging
-    rows = torch.linspace(0, small.n_particles - 1, min(_KEPT_OPTICS, small.n_particles)).long()
-    batch = small.batch(rows, imaging.max_radius)
+    imaging = estimate.model.imaging
+    small = particles.cropped(imaging.disc.n_pixels)
     noise = NoiseSpectrum(estimate.reference.noise.variance[: imaging.max_radius + 1])
-    volume = Reference(result.map, imaging.max_radius, noise).at_box(small.n_pixels).sampled()
-    predicted = imaging.predict(volume, result.poses[rows].to(batch.coefficients.device), batch.optics)
-    chosen = settings.amortized
+    volume = Reference(density, imaging.max_radius, noise).at_box(small.n_pixels).sampled()
+    batch = small.batch(torch.arange(min(_KEPT_OPTICS, small.n_particles)), imaging.max_radius)
+    predicted = imaging.predict(volume, poses[: len(batch)].to(batch.coefficients.device), batch.optics)
+    return noise, NoiseSpectrum.of_residuals(batch.coefficients - predicted, imaging)
+
+
+def _trained_encoder(
+    model: CryoAI, noise: tuple[NoiseSpectrum, NoiseSpectrum], particles: PreparedParticles, settings: Settings
+) -> TrainedEncoder:
+    small, chosen = particles.cropped(model.imaging.disc.n_pixels), settings.amortized
+    rows = torch.linspace(0, small.n_particles - 1, min(_KEPT_OPTICS, small.n_particles)).long()
     return TrainedEncoder(
         architecture=_architecture(small, chosen),
         input=chosen.encoder_input,
         weights=model.encoder.state_dict(),
         n_pixels=small.n_pixels,
         pixel_size_in_angstroms=small.pixel_size_in_angstroms,
-        max_radius=imaging.max_radius,
+        max_radius=model.imaging.max_radius,
         contrast_sign=particles.contrast.sign,
-        noise=noise,
-        residual_noise=NoiseSpectrum.of_residuals(batch.coefficients - predicted, imaging),
-        optics=batch.optics,
+        noise=noise[0],
+        residual_noise=noise[1],
+        optics=small.optics[rows],
         shift_std_in_angstroms=chosen.shift_std_in_boxes * small.n_pixels * small.pixel_size_in_angstroms,
     )
 
