@@ -220,11 +220,7 @@ def held_out_poses(particles: PreparedParticles, rows: Tensor, reference: Refere
         search_poses(batch, templates, imaging, precision, 1)
         for batch in particles.batches(rows, 200, imaging.max_radius)
     ]
-    poses = Poses(
-        torch.cat([part.poses.rotations for part in parts]),
-        torch.cat([part.poses.shifts_in_angstroms for part in parts]),
-    )
-    return Candidates(poses, torch.cat([part.log_likelihoods for part in parts]))
+    return Candidates(Poses.cat([part.poses for part in parts]), torch.cat([part.log_likelihoods for part in parts]))
 
 
 def agreement(first: Candidates, second: Candidates) -> float:

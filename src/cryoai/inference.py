@@ -39,7 +39,6 @@ from cryoai.noise import NoiseSpectrum
 from cryoai.optics import Optics
 from cryoai.particles import ParticleBatch, ParticleStack, stream_particles
 from cryoai.poses import Poses, angular_distance_in_degrees
-from cryoai.refinement import refine_coarse_to_fine
 from cryoai.runs import RunFolder
 from cryoai.volumes import SampledVolume, VoxelVolume
 
@@ -242,9 +241,7 @@ class PosePredictor:
 
     def place(self, batch: ParticleBatch) -> Placing:
         """The pose of each of the particles, and what speaks for it."""
-        imaging = self.model.imaging
-        precision = self._on_device(self.trained.noise).precision(imaging)
-        return self.model.place(batch, self.volume, precision, refine=self._refine if self.n_iterations else None)
+        return self.model.place(batch, self.volume, self._on_device(self.trained.noise), self.n_iterations)
 
     def infer(self, stack: ParticleStack, progress: Callable[[int], object] = lambda _n_done: None) -> Inferred:
         """Pose all particles of a stack.
@@ -260,13 +257,7 @@ class PosePredictor:
             placing = self.place(batch)
             parts.append(Inferred(placing.poses.to("cpu"), self.confidence(placing).cpu()))
             progress(int(batch.indices[-1]) + 1)
-        return Inferred(
-            Poses(
-                torch.cat([part.poses.rotations for part in parts]),
-                torch.cat([part.poses.shifts_in_angstroms for part in parts]),
-            ),
-            torch.cat([part.confidence for part in parts]),
-        )
+        return Inferred(Poses.cat([part.poses for part in parts]), torch.cat([part.confidence for part in parts]))
 
     def _stream(self, stack: ParticleStack) -> Iterator[ParticleBatch]:
         trained = self.trained
@@ -291,10 +282,6 @@ class PosePredictor:
             batch_size=_BATCH,
             device=self.model.imaging.disc.device,
         )
-
-    def _refine(self, batch: ParticleBatch, start: Poses) -> Poses:
-        noise = self._on_device(self.trained.noise)
-        return refine_coarse_to_fine(batch, start, self.volume, self.model.imaging, noise, self.n_iterations).poses
 
     def _on_device(self, noise: NoiseSpectrum) -> NoiseSpectrum:
         return NoiseSpectrum(noise.variance.to(self.model.imaging.disc.device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,10 @@ from cryoai.encoder import PoseEncoder
 from cryoai.hardware import fast_matrices
 from cryoai.imaging import ImagingModel
 from cryoai.losses import best_hypothesis
-from cryoai.noise import fit_z_scores, log_likelihood
+from cryoai.noise import NoiseSpectrum, fit_z_scores, log_likelihood
 from cryoai.particles import ParticleBatch
 from cryoai.poses import Hypotheses, Poses, angular_distance_in_degrees
+from cryoai.refinement import refine_coarse_to_fine, refine_poses
 from cryoai.volumes import AbstractVolume, SampledVolume
 
 __all__ = ["CryoAI", "EncoderInput", "Placing", "Reading", "matched_filter", "unfiltered"]
@@ -49,6 +50,8 @@ class Reading:
 _DIFFERENT_IN_DEGREES = 20.0
 # Of an encoder's hypotheses, the most probable ones that are compared with the image.
 _JUDGED = 4
+# The same where each is refined first: what is rough by itself may be the best then.
+_REFINED = 8
 _LARGEST_LEAD = 50.0
 
 
@@ -59,7 +62,7 @@ class Placing:
     Attributes
     ----------
     poses
-        (B,).
+        (B,), refined if that was asked for.
     fit : (B,)
         :func:`~cryoai.noise.fit_z_scores` of the image and its prediction.
     probability : (B,)
@@ -77,10 +80,7 @@ class Placing:
     def cat(cls, parts: Sequence[Placing]) -> Placing:
         """The placings of one batch after the other."""
         return cls(
-            Poses(
-                torch.cat([part.poses.rotations for part in parts]),
-                torch.cat([part.poses.shifts_in_angstroms for part in parts]),
-            ),
+            Poses.cat([part.poses for part in parts]),
             torch.cat([part.fit for part in parts]),
             torch.cat([part.probability for part in parts]),
             torch.cat([part.lead for part in parts]),
@@ -139,32 +139,60 @@ class CryoAI(nn.Module):
         return Reading(poses[:, 0], choice, best_hypothesis(observed, winner, precision).loss)
 
     @torch.no_grad()
-    def place(
-        self,
-        batch: ParticleBatch,
-        volume: SampledVolume,
-        precision: Tensor,
-        refine: Callable[[ParticleBatch, Poses], Poses] | None = None,
-    ) -> Placing:
-        """The likeliest under ``volume`` of the encoder's most probable hypotheses, refined if so wished."""
-        everything = self.propose(batch, precision)
-        judged = everything.likeliest(_JUDGED).poses
+    def place(self, batch: ParticleBatch, volume: SampledVolume, noise: NoiseSpectrum, n_iterations: int) -> Placing:
+        """The likeliest under ``volume`` of the encoder's most probable hypotheses.
+
+        With ``n_iterations`` each of these is first refined locally at half of the band limit, where a
+        likelihood is broad enough to judge a rough pose by, and the best then at all of it.
+        """
+        everything = self.propose(batch, noise.precision(self.imaging))
+        judged = everything.likeliest(_REFINED if n_iterations else _JUDGED).poses
+        if n_iterations:
+            judged = _refined_hypotheses(batch, judged, volume, self._half_band(), noise, n_iterations)
+        poses, lead = self._best(batch, judged, volume, noise)
+        if n_iterations:
+            poses = refine_coarse_to_fine(batch, poses, volume, self.imaging, noise, n_iterations).poses
+        near = angular_distance_in_degrees(everything.poses.rotations, poses.rotations[:, None])
+        predicted = self.imaging.predict(volume, poses, batch.optics)
         observed = batch.coefficients[:, : self.imaging.n_coefficients]
-        predicted = self.imaging.predict(volume, judged, batch.optics)
-        scores = log_likelihood(observed[:, None], predicted, precision)
-        best, choice = scores.max(dim=1)
-        poses = judged.take(choice[:, None])
-        near = angular_distance_in_degrees(everything.poses.rotations, poses.rotations) < _DIFFERENT_IN_DEGREES
-        other = angular_distance_in_degrees(judged.rotations, poses.rotations) >= _DIFFERENT_IN_DEGREES
-        runner_up = torch.where(other, scores, -torch.inf).amax(dim=1)
-        winner = predicted.take_along_dim(choice[:, None, None], dim=1)[:, 0]
-        final = poses[:, 0]
-        if refine is not None:
-            final = refine(batch, final)
-            winner = self.imaging.predict(volume, final, batch.optics)
         return Placing(
-            final,
-            fit_z_scores(observed, winner, precision),
-            (everything.log_probabilities.exp() * near).sum(dim=1),
-            (best - runner_up).clamp(max=_LARGEST_LEAD),
+            poses,
+            fit_z_scores(observed, predicted, noise.precision(self.imaging)),
+            (everything.log_probabilities.exp() * (near < _DIFFERENT_IN_DEGREES)).sum(dim=1),
+            lead,
         )
+
+    def _best(
+        self, batch: ParticleBatch, hypotheses: Poses, volume: SampledVolume, noise: NoiseSpectrum
+    ) -> tuple[Poses, Tensor]:
+        """The likeliest (B,) of hypotheses (B, K), and its lead (B,) over the best different one."""
+        observed = batch.coefficients[:, : self.imaging.n_coefficients]
+        predicted = self.imaging.predict(volume, hypotheses, batch.optics)
+        scores = log_likelihood(observed[:, None], predicted, noise.precision(self.imaging))
+        best, choice = scores.max(dim=1)
+        poses = hypotheses.take(choice[:, None])
+        distance = angular_distance_in_degrees(hypotheses.rotations, poses.rotations)
+        runner_up = torch.where(distance >= _DIFFERENT_IN_DEGREES, scores, -torch.inf).amax(dim=1)
+        return poses[:, 0], (best - runner_up).clamp(max=_LARGEST_LEAD)
+
+    def _half_band(self) -> ImagingModel:
+        return replace(self.imaging, max_radius=max(4, self.imaging.max_radius // 2))
+
+
+def _refined_hypotheses(
+    batch: ParticleBatch,
+    hypotheses: Poses,
+    volume: SampledVolume,
+    imaging: ImagingModel,
+    noise: NoiseSpectrum,
+    n_iterations: int,
+) -> Poses:
+    """Every one of hypotheses (B, K) refined by itself."""
+    n, k = hypotheses.shifts_in_angstroms.shape[:2]
+    rows = torch.arange(n, device=batch.coefficients.device).repeat_interleave(k)
+    repeated = ParticleBatch(
+        batch.indices[rows], batch.coefficients[rows, : imaging.n_coefficients], batch.optics[rows]
+    )
+    flat = Poses(hypotheses.rotations.flatten(0, 1), hypotheses.shifts_in_angstroms.flatten(0, 1))
+    refined = refine_poses(repeated, flat, volume, imaging, noise.precision(imaging), n_iterations).poses
+    return Poses(refined.rotations.unflatten(0, (n, k)), refined.shifts_in_angstroms.unflatten(0, (n, k)))

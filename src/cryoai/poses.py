@@ -11,6 +11,7 @@ the origin.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import roma
@@ -47,6 +48,13 @@ class Poses:
 
     def __getitem__(self, index: Tensor | slice | tuple[slice, int]) -> Poses:
         return Poses(self.rotations[index], self.shifts_in_angstroms[index])
+
+    @classmethod
+    def cat(cls, parts: Sequence[Poses]) -> Poses:
+        """One batch after the other."""
+        return cls(
+            torch.cat([part.rotations for part in parts]), torch.cat([part.shifts_in_angstroms for part in parts])
+        )
 
     def to(self, device: torch.device | str) -> Poses:
         return Poses(self.rotations.to(device), self.shifts_in_angstroms.to(device))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cryoai.bootstrap import BootstrapSchedule, Reference, search_box
 from cryoai.model import CryoAI
-from cryoai.noise import fit_z_scores
+from cryoai.noise import NoiseSpectrum, fit_z_scores
 from cryoai.particles import PreparedParticles
 from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.reconstruction import HalfSets
@@ -188,7 +188,7 @@ class _Encoder:
     model: CryoAI
     particles: PreparedParticles
     volume: SampledVolume
-    precision: Tensor
+    noise: NoiseSpectrum
     poses: Poses
 
     @classmethod
@@ -200,14 +200,15 @@ class _Encoder:
             particles.cropped(box),
             # Lattices are in cycles per pixel: the same physical map, at the encoder's box.
             reference.at_box(box).sampled(imaging.max_radius),
-            reference.noise.precision(imaging),
+            reference.noise,
             blank_poses(particles.n_particles, particles.disc.device),
         )
 
     def place(self, rows: Tensor) -> Poses:
         """The likeliest hypothesis for each of the particles; it also enters the table."""
         batch = self.particles.batch(rows, self.model.imaging.max_radius)
-        poses = self.model.place(batch, self.volume, self.precision).poses
+        # Not refined, because a search costs less than to refine many hypotheses of every particle.
+        poses = self.model.place(batch, self.volume, self.noise, n_iterations=0).poses
         assign_poses(self.poses, rows, poses)
         return poses
 
