@@ -221,7 +221,8 @@ def test_from_coarse_to_fine_the_coarse_steps_come_first_and_never_exceed_the_ba
 
     monkeypatch.setattr("cryoai.refinement.refine_poses", spy)
     refine_coarse_to_fine(batch, truth, volume, imaging, NOISE, 1)
-    assert radii == [5, 7, 10, 10]
+    # The last two judge the start and the end on the whole band.
+    assert radii == [5, 7, 10, 10, 10]
     radii.clear()
     refine_coarse_to_fine(batch, truth, volume, replace(imaging, max_radius=3), NOISE, 1)
     assert set(radii) == {3}

@@ -26,7 +26,7 @@ from cryoai.formats.atoms import MODEL_SUFFIXES, read_model_as_map
 from cryoai.formats.files import make_empty_folder
 from cryoai.formats.mrc import MrcMap, read_map
 from cryoai.hardware import choose_device, matrix_dtype
-from cryoai.inference import PosePredictor, infer_file
+from cryoai.inference import PosePredictor, check_output, infer_file
 from cryoai.particles import ParticleStack, read_poses
 from cryoai.report.figures import draw_particles_and_map
 from cryoai.runs import RunFolder, finite_or_none
@@ -234,6 +234,8 @@ def infer_command(
         _require(until_idle == math.inf, "--until-idle: is for --watch DIR")
     else:
         _require(len(paths) == 1, "infer: with --watch DIR give RUN_DIR and the folder to write to")
+    if watch is None:
+        check_output(*paths)
     run = RunFolder.open(run_dir)
     predictor = PosePredictor.of_run(run, n_iterations=refine, device=choose_device(device))
 

@@ -42,7 +42,15 @@ from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.runs import RunFolder
 from cryoai.volumes import SampledVolume, VoxelVolume
 
-__all__ = ["Confidence", "Inferred", "PosePredictor", "TrainedEncoder", "encoder_inputs", "infer_file"]
+__all__ = [
+    "Confidence",
+    "Inferred",
+    "PosePredictor",
+    "TrainedEncoder",
+    "check_output",
+    "encoder_inputs",
+    "infer_file",
+]
 
 RIGHT_IN_DEGREES = 10.0
 """Poses nearer to the truth than this are right."""
@@ -79,6 +87,8 @@ class TrainedEncoder:
         Optical parameters (m,) of some of its particles, at its box.
     shift_std_in_angstroms
         Of its synthetic particles, in each axis.
+    fit_centre, fit_spread
+        Median and deviation of the fit of its particles at their final poses; 0 and 1 if map and noise were exact.
     """
 
     architecture: EncoderArchitecture
@@ -92,6 +102,8 @@ class TrainedEncoder:
     residual_noise: NoiseSpectrum
     optics: Optics
     shift_std_in_angstroms: float
+    fit_centre: float
+    fit_spread: float
 
     def save(self, path: Path) -> None:
         """Write everything to one safetensors file."""
@@ -106,10 +118,12 @@ class TrainedEncoder:
             "max_radius": self.max_radius,
             "contrast_sign": self.contrast_sign,
             "shift_std_in_angstroms": self.shift_std_in_angstroms,
+            "fit_centre": self.fit_centre,
+            "fit_spread": self.fit_spread,
         }
         with atomic_path(path) as temporary:
             safetensors.torch.save_file(
-                {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
+                {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
                 temporary,
                 metadata={"cryoai": json.dumps(about)},
             )
@@ -255,7 +269,7 @@ class PosePredictor:
         parts = []
         for batch in self._stream(stack):
             placing = self.place(batch)
-            parts.append(Inferred(placing.poses.to("cpu"), self.confidence(placing).cpu()))
+            parts.append(Inferred(placing.poses.to("cpu"), self.confidence(self._standardised(placing)).cpu()))
             progress(int(batch.indices[-1]) + 1)
         return Inferred(Poses.cat([part.poses for part in parts]), torch.cat([part.confidence for part in parts]))
 
@@ -283,6 +297,10 @@ class PosePredictor:
             device=self.model.imaging.disc.device,
         )
 
+    def _standardised(self, placing: Placing) -> Placing:
+        """Placings whose fit is on the scale of synthetic particles, whose map and noise are exact."""
+        return replace(placing, fit=(placing.fit - self.trained.fit_centre) / self.trained.fit_spread)
+
     def _on_device(self, noise: NoiseSpectrum) -> NoiseSpectrum:
         return NoiseSpectrum(noise.variance.to(self.model.imaging.disc.device))
 
@@ -306,6 +324,23 @@ class PosePredictor:
         return Placing.cat(placings), torch.cat(right)
 
 
+def check_output(source: Path, out: Path) -> None:
+    """See that particles can be written, before anything else is done.
+
+    Raises
+    ------
+    InputError
+        If the output is the input, is no STAR file, or cannot be there.
+    """
+    if out.resolve() == source.resolve():
+        raise InputError(f"{out}: is the input; give another file to write")
+    if out.suffix != ".star":
+        raise InputError(f"{out}: particles are written to STAR files; give a name that ends in .star")
+    if out.is_dir() or not out.parent.is_dir():
+        fault = "is a folder" if out.is_dir() else f"there is no folder {out.parent}"
+        raise InputError(f"{out}: {fault}; give a file to write in a folder that exists")
+
+
 def infer_file(predictor: PosePredictor, source: Path, out: Path, *, data_dir: Path | None) -> str:
     """Pose the particles of a STAR file into another one; returns a line that says what came of it.
 
@@ -314,8 +349,7 @@ def infer_file(predictor: PosePredictor, source: Path, out: Path, *, data_dir: P
     InputError
         If the particles cannot be read or do not suit the predictor, or the output would replace the input.
     """
-    if out.resolve() == source.resolve():
-        raise InputError(f"{out}: is the input; give another file to write")
+    check_output(source, out)
     started = time.monotonic()
     stack = ParticleStack.open(source, data_dir=data_dir)
     with _progress_bar() as bar:

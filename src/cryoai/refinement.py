@@ -95,13 +95,14 @@ def refine_coarse_to_fine(
     """Refine at half, three quarters and all of the band limit of ``imaging``, in that order.
 
     Each at ``n_iterations`` steps; the coarser the band, the further the maximum is seen from. The
-    log-likelihoods are those of the whole band. Without steps the start is only judged.
+    log-likelihoods are those of the whole band, and never worse than the start's. Without steps it is only judged.
     """
     radius, poses = imaging.max_radius, start
     for limit in sorted({max(4, radius // 2), max(4, 3 * radius // 4), radius}) if n_iterations else ():
         coarse = replace(imaging, max_radius=min(limit, radius))
         poses = refine_poses(batch, poses, volume, coarse, noise.precision(coarse), n_iterations).poses
-    return refine_poses(batch, poses, volume, imaging, noise.precision(imaging), 0)
+    ends = [refine_poses(batch, end, volume, imaging, noise.precision(imaging), 0) for end in (start, poses)]
+    return ends[0].better_of(ends[1])
 
 
 def _gauss_newton_step(

@@ -44,7 +44,9 @@ class FollowedFolder:
     say: Callable[[str], None]
     seconds_between_looks: float = 5.0
     _seen: dict[Path, tuple[int, int]] = field(default_factory=dict, init=False)
+    _posed: dict[Path, tuple[int, int]] = field(default_factory=dict, init=False)
     _told: dict[Path, str] = field(default_factory=dict, init=False)
+    _stirs: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if not self.source.is_dir():
@@ -55,15 +57,19 @@ class FollowedFolder:
 
     def follow(self, seconds_of_silence: float) -> None:
         """Look until nothing new has come for so long; for ever if that is infinite."""
+        # A file is posed at the second look at the earliest: silence needs several.
+        pause = min(self.seconds_between_looks, seconds_of_silence / 4)
         quiet_since = time.monotonic()
         while time.monotonic() - quiet_since < seconds_of_silence:
-            if self.look():
+            if self.look() or self._stirs:
                 quiet_since = time.monotonic()
-            time.sleep(min(self.seconds_between_looks, seconds_of_silence))
+            time.sleep(pause)
 
     def look(self) -> int:
         """One look at the folder; returns how many files were posed."""
-        return sum(self._try(path) for path in sorted(self.source.glob("*.star")))
+        self._stirs = False
+        visible = (path for path in self.source.glob("*.star") if not path.name.startswith("."))
+        return sum(self._try(path) for path in sorted(visible))
 
     def _try(self, path: Path) -> bool:
         try:
@@ -74,7 +80,12 @@ class FollowedFolder:
         result = self.results / path.name
         settled = self._seen.get(path) == state
         self._seen[path] = state
-        if not settled or (result.is_file() and result.stat().st_mtime_ns >= status.st_mtime_ns):
+        if not settled:
+            self._stirs = True
+            return False
+        if path not in self._posed and result.is_file() and result.stat().st_mtime_ns >= status.st_mtime_ns:
+            self._posed[path] = state  # by an earlier process
+        if self._posed.get(path) == state:
             return False
         try:
             self.pose(path, result)
@@ -84,4 +95,5 @@ class FollowedFolder:
                 self.say(f"{path.name} is left until it is whole: {error}")
             self._told[path] = str(error)
             return False
+        self._posed[path] = state
         return True

@@ -6,6 +6,7 @@ written back differs from what was read in nothing but the columns that changed.
 
 from __future__ import annotations
 
+import linecache
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -151,8 +152,10 @@ def _read_blocks(path: Path) -> dict[str, pd.DataFrame]:
             lines = [line for line in map(str.strip, file) if line.startswith(("_", "data_"))]
         columns = sorted({line.split()[0][1:] for line in lines if line.startswith("_")})
         names = [line for line in lines if line.startswith("data_")]
+        # starfile reads by way of a cache of lines, which outlives a file that it could not parse.
+        linecache.clearcache()
         blocks = starfile.read(path, always_dict=True, parse_as_string=columns)
-    except (ValueError, IndexError, KeyError, OSError) as error:
+    except (ValueError, IndexError, KeyError, TypeError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{path}: not a readable STAR file ({reason}); give a RELION particle STAR file") from None
     if len(set(names)) < len(names):

@@ -21,7 +21,7 @@ from cryoai.formats.files import atomic_path
 from cryoai.hardware import choose_device
 from cryoai.inference import TrainedEncoder, encoder_inputs
 from cryoai.model import CryoAI
-from cryoai.noise import NoiseSpectrum
+from cryoai.noise import NoiseSpectrum, fit_z_scores
 from cryoai.particles import ParticleStack, PreparedParticles, prepare_particles
 from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.reconstruction import HalfMaps
@@ -48,7 +48,7 @@ _LARGEST_DEFAULT_BOX = 128
 _FEWEST_PARTICLES = 20
 _SIGNS = {"auto": None, "bright": 1, "dark": -1}
 _MOVED_IN_DEGREES = 1.0
-_KEPT_OPTICS = 1000
+_SAMPLE = 1000
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,8 @@ def _run(stack: ParticleStack, folder: RunFolder, settings: Settings, box: int, 
         result = _conclude(particles, estimate, half_set, settings, folder)
         _write(result, stack, particles, estimate, half_set, monitor)
         if estimate.model is not None:
-            noise = _noise_at_the_end(estimate, particles, result.map, result.poses[kept])
-            _trained_encoder(estimate.model, noise, particles, settings).save(folder.encoder_weights)
+            trained = _trained_encoder(estimate, particles, result.map, result.poses[kept], settings)
+            trained.save(folder.encoder_weights)
             _save_weights(estimate.model.volume, folder.volume_weights)
         monitor.say(_verdict(result))
     return result
@@ -427,38 +427,37 @@ def _write(
     )
 
 
-def _noise_at_the_end(
-    estimate: Estimate, particles: PreparedParticles, density: Tensor, poses: Poses
-) -> tuple[NoiseSpectrum, NoiseSpectrum]:
-    """The noise that whitened the encoder's input, and what the final map leaves unexplained of some particles."""
-    assert estimate.model is not None
-    assert estimate.reference is not None
-    imaging = estimate.model.imaging
-    small = particles.cropped(imaging.disc.n_pixels)
-    noise = NoiseSpectrum(estimate.reference.noise.variance[: imaging.max_radius + 1])
-    volume = Reference(density, imaging.max_radius, noise).at_box(small.n_pixels).sampled()
-    batch = small.batch(torch.arange(min(_KEPT_OPTICS, small.n_particles)), imaging.max_radius)
-    predicted = imaging.predict(volume, poses[: len(batch)].to(batch.coefficients.device), batch.optics)
-    return noise, NoiseSpectrum.of_residuals(batch.coefficients - predicted, imaging)
-
-
 def _trained_encoder(
-    model: CryoAI, noise: tuple[NoiseSpectrum, NoiseSpectrum], particles: PreparedParticles, settings: Settings
+    estimate: Estimate, particles: PreparedParticles, density: Tensor, poses: Poses, settings: Settings
 ) -> TrainedEncoder:
-    small, chosen = particles.cropped(model.imaging.disc.n_pixels), settings.amortized
-    rows = torch.linspace(0, small.n_particles - 1, min(_KEPT_OPTICS, small.n_particles)).long()
+    """The encoder, and what the final map (n, n, n) and poses (K,) say of the particles that it learned from."""
+    model, reference, chosen = estimate.model, estimate.reference, settings.amortized
+    assert model is not None
+    assert reference is not None
+    imaging = model.imaging
+    small = particles.cropped(imaging.disc.n_pixels)
+    noise = NoiseSpectrum(reference.noise.variance[: imaging.max_radius + 1])
+    rows = torch.linspace(0, small.n_particles - 1, min(_SAMPLE, small.n_particles)).long()
+    batch = small.batch(rows, imaging.max_radius)
+    volume = Reference(density, imaging.max_radius, noise).at_box(small.n_pixels).sampled()
+    predicted = imaging.predict(volume, poses[rows].to(batch.coefficients.device), batch.optics)
+    fit = fit_z_scores(batch.coefficients, predicted, noise.precision(imaging))
+    centre = fit.median()
     return TrainedEncoder(
         architecture=_architecture(small, chosen),
         input=chosen.encoder_input,
         weights=model.encoder.state_dict(),
         n_pixels=small.n_pixels,
         pixel_size_in_angstroms=small.pixel_size_in_angstroms,
-        max_radius=model.imaging.max_radius,
+        max_radius=imaging.max_radius,
         contrast_sign=particles.contrast.sign,
-        noise=noise[0],
-        residual_noise=noise[1],
-        optics=small.optics[rows],
+        noise=noise,
+        residual_noise=NoiseSpectrum.of_residuals(batch.coefficients - predicted, imaging),
+        optics=batch.optics,
         shift_std_in_angstroms=chosen.shift_std_in_boxes * small.n_pixels * small.pixel_size_in_angstroms,
+        fit_centre=float(centre),
+        # Of a normal distribution the median deviation is 0.6745 standard deviations.
+        fit_spread=max(float((fit - centre).abs().median()) / 0.6745, 1e-3),
     )
 
 
