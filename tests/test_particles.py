@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from cryoai.formats.mrc import read_map
 from cryoai.formats.star import read_particles
 from cryoai.fourier import FourierDisc
 from cryoai.optics import Optics
@@ -13,6 +14,7 @@ from cryoai.poses import Poses, angular_distance_in_degrees, rotation_grid
 from cryoai.simulation import protein_like_phantom, simulate
 from stacks import (
     OPTICS,
+    SHARED,
     correlations,
     needs_shared_data,
     particle_columns,
@@ -193,6 +195,18 @@ def test_the_sign_of_the_contrast_is_found_and_made_positive(noisy, tmp_path, co
     bright = ParticleStack.open(noisy.particles).images(torch.arange(200))
     images = prepared.disc.to_images(prepared.batch(torch.arange(200)).coefficients)
     assert correlations(images, prepared.disc.to_images(prepared.disc.from_images(bright))).min() > 0.99
+
+
+@needs_shared_data
+@pytest.mark.parametrize("snr", [10, 0.1])
+def test_the_sign_of_a_large_particle_is_found_however_clear_the_images_are(tmp_path, snr):
+    ribosome = read_map(SHARED / "volumes" / "80S_4ug0_4A_80.mrc")
+    made = simulate(
+        ribosome, tmp_path / "s", n_particles=200, n_pixels=32, pixel_size_in_angstroms=11.0, snr=snr, seed=0
+    )
+    contrast = prepare_particles(ParticleStack.open(made.particles), 32, tmp_path / "c.f16").contrast
+    assert contrast.sign == 1
+    assert contrast.z_score > 5
 
 
 @needs_shared_data

@@ -462,8 +462,9 @@ def _correlate_with_blob(coefficients: Tensor, optics: Optics, disc: FourierDisc
     radius = 8  # the shells in which a ball of half the box differs from noise
     p = disc.n_coefficients(radius)
     ctf = contrast_transfer_function(optics, disc, radius)
-    # Gaussian of standard deviation n / 10, about the size of a particle in its box
-    blob = torch.exp(-2 * (math.pi * disc.radii[:p] / 10) ** 2)
+    # Gaussian of standard deviation n / 7, the size of a large particle in its box: of such a one the
+    # transform is negative from two Fourier pixels on, where a smaller blob would look for it.
+    blob = torch.exp(-2 * (math.pi * disc.radii[:p] / 7) ** 2)
     power = (coefficients[:, :p].abs() ** 2).mean(0)
     return (coefficients[:, :p].real * ctf * blob / power).sum(1)
 
