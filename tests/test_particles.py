@@ -200,6 +200,7 @@ def test_the_sign_of_the_contrast_is_found_and_made_positive(noisy, tmp_path, co
 @needs_shared_data
 @pytest.mark.parametrize("snr", [10, 0.1])
 def test_the_sign_of_a_large_particle_is_found_however_clear_the_images_are(tmp_path, snr):
+    (tmp_path / "s").mkdir()
     ribosome = read_map(SHARED / "volumes" / "80S_4ug0_4A_80.mrc")
     made = simulate(
         ribosome, tmp_path / "s", n_particles=200, n_pixels=32, pixel_size_in_angstroms=11.0, snr=snr, seed=0

@@ -208,8 +208,8 @@ def infer_command(
 
     cryoai infer RUN_DIR OUT_DIR --watch DIR
 
-    OUT.star is NEW.star with poses and rlnParticleFigureOfMerit: the probability that the pose is within 10°
-    of the right one. Particles that do not belong to the map of the run have one near 0. The images must be
+    OUT.star is NEW.star with poses and rlnParticleFigureOfMerit, the probability that the pose is within
+    10° of the right one. Particles that do not belong to the map of the run have one near 0. The images must be
     of the run's kind: the same contrast, a box as large or larger, pixels as fine as its encoder's or finer.
 
     Parameters
