@@ -59,7 +59,7 @@ def measure(
     report: dict[str, object] = {"n": n, "peak_of_reading_the_table_in_megabytes": table >> 20}
     if n <= given.reconstruct_up_to:
         run = scratch / f"run_{n}"
-        flags = ["--max-particles", given.max_particles]
+        flags = ["--max-particles", given.max_particles, *given.flags]
         seconds, peak = child(RUN, "reconstruct", star, run, *flags)
         summary = json.loads((run / "summary.json").read_text())
         stages = summary["seconds_per_stage"]
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--numbers", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--max-particles", type=int, default=10_000)
     parser.add_argument("--reconstruct-up-to", type=int, default=1_000_000, help="larger stacks are only inferred")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="passed on to cryoai reconstruct")
     given = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     with tempfile.TemporaryDirectory() as name:

@@ -223,7 +223,8 @@ def infer_command(
     until_idle
         With --watch, end when nothing new has come for so many seconds.
     refine
-        Steps of local refinement of every pose at each of three band limits; 3 is plenty. Slower and finer.
+        Steps of local refinement of every pose at each of three band limits, 3 are plenty, and a search for those that
+        do not fit. Slower and finer.
     data_dir
         Folder that the image paths in the STAR file start from.
     """

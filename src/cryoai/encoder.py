@@ -65,12 +65,8 @@ class SymmetrizedEncoder(PoseEncoder):
         # A turn by 180 degrees about the centre conjugates the transform.
         both: Hypotheses = self.encoder(torch.cat([coefficients, coefficients.conj()]))
         n = len(coefficients)
-        poses, back = both.poses[:n], both.poses[n:].turned_by_pi()
         return Hypotheses(
-            Poses(
-                torch.cat([poses.rotations, back.rotations], dim=1),
-                torch.cat([poses.shifts_in_angstroms, back.shifts_in_angstroms], dim=1),
-            ),
+            both.poses[:n].beside(both.poses[n:].turned_by_pi()),
             torch.cat(both.log_probabilities.split(n), dim=1) - math.log(2),
         )
 

@@ -1,7 +1,8 @@
 """Inference: poses for particles that the encoder has never seen, each with a confidence.
 
 One streaming pass: an image is read, normalised, shown to the encoder, and the likeliest of the most
-probable hypotheses under the map of the run is its pose. No image is read twice or kept.
+probable hypotheses under the map of the run is its pose. No image is read twice or kept. With local
+refinement, those few that then do not fit are also searched for.
 
 The confidence is the probability that a pose is within 10° of the right one. What it goes by - the
 fit of image and prediction, the encoder's own probability, the lead over the next answer - is turned
@@ -40,6 +41,7 @@ from cryoai.optics import Optics
 from cryoai.particles import ParticleBatch, ParticleStack, stream_particles
 from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.runs import RunFolder
+from cryoai.search import Templates, TrialPoses, search_poses, shift_grid
 from cryoai.volumes import SampledVolume, VoxelVolume
 
 __all__ = [
@@ -59,6 +61,9 @@ _N_SYNTHETIC = 6000
 # Share of the particles whose pose was found that fit so badly that they lose confidence.
 _WORST_FITS = 0.02
 _RIDGE = 1e-3
+# A fit so many standard deviations from that of particles of the map calls for a search, if there is one.
+_MISFIT = -2.5
+_N_ROTATIONS, _SHIFT_STEP_IN_BOXES, _SHIFT_STEPS, _SEARCHED = 4608, 0.02, 3, 4
 _SURE, _FEW = 0.9, 0.05
 # A box may be smaller than that of the run by the rounding of an even number of pixels.
 _ROUNDING_IN_PIXELS = 2.0
@@ -228,6 +233,7 @@ class PosePredictor:
     volume: SampledVolume
     confidence: Confidence
     n_iterations: int
+    templates: Templates | None
 
     @classmethod
     def of_run(cls, run: RunFolder, *, n_iterations: int, device: torch.device) -> PosePredictor:
@@ -236,7 +242,8 @@ class PosePredictor:
         Parameters
         ----------
         n_iterations
-            Steps of local refinement of every pose at each of three band limits; 0 for none.
+            Steps of local refinement of every pose at each of three band limits, and a search for those
+            that do not fit; 0 for neither.
 
         Raises
         ------
@@ -250,12 +257,29 @@ class PosePredictor:
         reference = Reference(density, trained.max_radius, trained.noise).at_box(trained.n_pixels)
         model = CryoAI(trained.build(disc), VoxelVolume(reference.density), imaging, encoder_inputs[trained.input])
         blank = Confidence(torch.zeros(0), torch.zeros(0))
-        bare = cls(trained, model.eval(), reference.sampled(), blank, n_iterations)
+        volume = reference.sampled()
+        extent = trained.n_pixels * trained.pixel_size_in_angstroms
+        shifts = shift_grid(_SHIFT_STEP_IN_BOXES * extent, _SHIFT_STEPS, device=device)
+        trials = TrialPoses.grid(_N_ROTATIONS // 2, shifts)
+        templates = Templates.of(volume, trials, imaging) if n_iterations else None
+        bare = cls(trained, model.eval(), volume, blank, n_iterations, templates)
         return replace(bare, confidence=Confidence.learn(*bare._rehearse(_N_SYNTHETIC, seed=0)))
 
     def place(self, batch: ParticleBatch) -> Placing:
-        """The pose of each of the particles, and what speaks for it."""
-        return self.model.place(batch, self.volume, self._on_device(self.trained.noise), self.n_iterations)
+        """The pose of each of the particles, and what speaks for it; the fit on the scale of synthetic ones."""
+        return self._place(batch, self.trained.fit_centre, self.trained.fit_spread)
+
+    def _place(self, batch: ParticleBatch, fit_centre: float, fit_spread: float) -> Placing:
+        noise, imaging = self._on_device(self.trained.noise), self.model.imaging
+        placing = self.model.place(batch, self.volume, noise, self.n_iterations)
+        misfits = placing.fit < fit_centre + _MISFIT * fit_spread
+        if self.templates is not None and bool(misfits.any()):
+            left = batch[misfits]
+            found = search_poses(left, self.templates, imaging, noise.precision(imaging), _SEARCHED).poses
+            placing = placing.replaced(
+                misfits, self.model.place(left, self.volume, noise, self.n_iterations, others=found)
+            )
+        return replace(placing, fit=(placing.fit - fit_centre) / fit_spread)
 
     def infer(self, stack: ParticleStack, progress: Callable[[int], object] = lambda _n_done: None) -> Inferred:
         """Pose all particles of a stack.
@@ -269,7 +293,7 @@ class PosePredictor:
         parts = []
         for batch in self._stream(stack):
             placing = self.place(batch)
-            parts.append(Inferred(placing.poses.to("cpu"), self.confidence(self._standardised(placing)).cpu()))
+            parts.append(Inferred(placing.poses.to("cpu"), self.confidence(placing).cpu()))
             progress(int(batch.indices[-1]) + 1)
         return Inferred(Poses.cat([part.poses for part in parts]), torch.cat([part.confidence for part in parts]))
 
@@ -297,10 +321,6 @@ class PosePredictor:
             device=self.model.imaging.disc.device,
         )
 
-    def _standardised(self, placing: Placing) -> Placing:
-        """Placings whose fit is on the scale of synthetic particles, whose map and noise are exact."""
-        return replace(placing, fit=(placing.fit - self.trained.fit_centre) / self.trained.fit_spread)
-
     def _on_device(self, noise: NoiseSpectrum) -> NoiseSpectrum:
         return NoiseSpectrum(noise.variance.to(self.model.imaging.disc.device))
 
@@ -317,7 +337,8 @@ class PosePredictor:
             truth = Poses(roma.random_rotmat(len(rows), generator=generator), shifts).to(device)
             clean = imaging.predict(self.volume, truth, optics)
             noise = torch.view_as_complex(torch.randn(*clean.shape, 2, generator=generator)).to(device)
-            placing = self.place(ParticleBatch(rows, clean + deviation * noise, optics))
+            # Of these map and noise are exact.
+            placing = self._place(ParticleBatch(rows, clean + deviation * noise, optics), 0.0, 1.0)
             distance = angular_distance_in_degrees(placing.poses.rotations, truth.rotations)
             placings.append(placing)
             right.append(distance < RIGHT_IN_DEGREES)

@@ -76,6 +76,24 @@ class Placing:
     probability: Tensor
     lead: Tensor
 
+    def replaced(self, where: Tensor, other: Placing) -> Placing:
+        """These, with others (n,) in the place of the n chosen by ``where`` (B,)."""
+
+        def mixed(mine: Tensor, theirs: Tensor) -> Tensor:
+            result = mine.clone()
+            result[where] = theirs
+            return result
+
+        return Placing(
+            Poses(
+                mixed(self.poses.rotations, other.poses.rotations),
+                mixed(self.poses.shifts_in_angstroms, other.poses.shifts_in_angstroms),
+            ),
+            mixed(self.fit, other.fit),
+            mixed(self.probability, other.probability),
+            mixed(self.lead, other.lead),
+        )
+
     @classmethod
     def cat(cls, parts: Sequence[Placing]) -> Placing:
         """The placings of one batch after the other."""
@@ -139,14 +157,23 @@ class CryoAI(nn.Module):
         return Reading(poses[:, 0], choice, best_hypothesis(observed, winner, precision).loss)
 
     @torch.no_grad()
-    def place(self, batch: ParticleBatch, volume: SampledVolume, noise: NoiseSpectrum, n_iterations: int) -> Placing:
-        """The likeliest under ``volume`` of the encoder's most probable hypotheses.
+    def place(
+        self,
+        batch: ParticleBatch,
+        volume: SampledVolume,
+        noise: NoiseSpectrum,
+        n_iterations: int,
+        others: Poses | None = None,
+    ) -> Placing:
+        """The likeliest under ``volume`` of the encoder's most probable hypotheses, and of ``others`` (B, K).
 
         With ``n_iterations`` each of these is first refined locally at half of the band limit, where a
         likelihood is broad enough to judge a rough pose by, and the best then at all of it.
         """
         everything = self.propose(batch, noise.precision(self.imaging))
         judged = everything.likeliest(_REFINED if n_iterations else _JUDGED).poses
+        if others is not None:
+            judged = judged.beside(others)
         if n_iterations:
             judged = _refined_hypotheses(batch, judged, volume, self._half_band(), noise, n_iterations)
         poses, lead = self._best(batch, judged, volume, noise)

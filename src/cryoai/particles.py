@@ -61,6 +61,9 @@ class ParticleBatch:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def __getitem__(self, index: Tensor) -> ParticleBatch:
+        return ParticleBatch(self.indices[index], self.coefficients[index], self.optics[index])
+
     def to(self, device: torch.device | str) -> ParticleBatch:
         return ParticleBatch(self.indices.to(device), self.coefficients.to(device), self.optics.to(device))
 

@@ -64,6 +64,13 @@ class Poses:
         row = torch.arange(len(self), device=index.device)[:, None]
         return Poses(self.rotations[row, index], self.shifts_in_angstroms[row, index])
 
+    def beside(self, others: Poses) -> Poses:
+        """Poses (B, K) and others (B, L) of the same particles, as (B, K + L)."""
+        return Poses(
+            torch.cat([self.rotations, others.rotations], dim=1),
+            torch.cat([self.shifts_in_angstroms, others.shifts_in_angstroms], dim=1),
+        )
+
     def turned_by_pi(self) -> Poses:
         """Poses of the same particles after every image is turned by 180° about its centre."""
         return Poses(half_turn(self.rotations), -self.shifts_in_angstroms)

@@ -82,7 +82,7 @@ class AmortizedSettings(_Frozen):
     """Images of the data set in a step."""
     sleep_batch_size: Annotated[int, Field(ge=0)] = 96
     """Synthetic images of the current volume in a step; 0 for none."""
-    wake_interval: Positive = 10
+    wake_interval: Positive = 20
     """Every so many steps the images of the data set are looked at and the volume moves; synthetic ones always."""
     first_radius: Annotated[int, Field(ge=2, le=128)] | None = None
     """Band limit of the first step; it grows to max_radius over the first half of the steps. Default: max_radius."""
