@@ -313,3 +313,35 @@ def test_placings_are_joined_in_their_order():
     assert torch.equal(joined.poses.shifts_in_angstroms[:2], parts[0].poses.shifts_in_angstroms)
     for name in ("fit", "probability", "lead"):
         assert torch.equal(getattr(joined, name), torch.cat([getattr(part, name) for part in parts]))
+
+
+def test_some_placings_take_the_place_of_others_and_leave_them_as_they_were():
+    whole, part = (
+        Placing(Poses(random_rotations(n, seed=n).float(), torch.randn(n, 2)), *torch.randn(3, n)) for n in (5, 2)
+    )
+    where = torch.tensor([False, True, False, False, True])
+    kept = whole.fit.clone()
+    mixed = whole.replaced(where, part)
+    for name in ("fit", "probability", "lead"):
+        assert torch.equal(getattr(mixed, name)[where], getattr(part, name))
+        assert torch.equal(getattr(mixed, name)[~where], getattr(whole, name)[~where])
+    assert torch.equal(mixed.poses.rotations[where], part.poses.rotations)
+    assert torch.equal(mixed.poses.shifts_in_angstroms[~where], whole.poses.shifts_in_angstroms[~where])
+    assert torch.equal(whole.fit, kept)
+
+
+def test_other_hypotheses_are_judged_beside_the_encoder_s(model, precision):
+    right, wrong = apart(2, seed=7)
+    optics = make_optics(1, defocus_u_in_angstroms=14000.0)
+    volume = SampledVolume.from_map(model.volume.density.detach(), RADIUS, with_gradient=True)
+    noise = NoiseSpectrum((1 / (20 * precision.max())).expand(RADIUS + 1))
+    with torch.no_grad():
+        image = model.imaging.predict(volume, Poses(right[None], torch.zeros(1, 2)), optics)
+    asked = CryoAI(FixedEncoder(wrong[None, None], torch.zeros(1, 1, 2), torch.ones(1, 1)), model.volume, model.imaging)
+    batch = ParticleBatch(torch.arange(1), image, optics)
+    others = Poses(right[None, None], torch.zeros(1, 1, 2))
+    assert torch.equal(asked.place(batch, volume, noise, 0).poses.rotations[0], wrong)
+    found = asked.place(batch, volume, noise, 0, others)
+    assert torch.equal(found.poses.rotations[0], right)
+    assert float(found.fit) == pytest.approx(0, abs=0.05)
+    assert float(found.probability) == 0

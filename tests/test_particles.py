@@ -418,3 +418,21 @@ def test_images_that_cannot_be_streamed_are_named(tmp_path):
     # Before it nothing is amiss, and it is not looked at before its turn.
     stream = stream_particles(stack, BOX, extent_in_angstroms=96.0, sign=1, batch_size=3)
     assert next(stream).coefficients.isfinite().all()
+
+
+def test_a_selection_of_particles_reads_their_images_and_names_their_rows_in_the_file(noisy, tmp_path):
+    whole = ParticleStack.open(noisy.particles)
+    rows = torch.tensor([250, 3, 77])
+    taken = whole.take(rows)
+    assert taken.n_particles == 3
+    assert torch.equal(taken.images(torch.arange(3)), whole.images(rows))
+    assert torch.equal(taken.optics.defocus_u_in_angstroms, whole.optics.defocus_u_in_angstroms[rows])
+    taken.write(tmp_path / "taken.star", Poses(torch.eye(3).expand(3, 3, 3), torch.zeros(3, 2)), {})
+    names = plain_parse(noisy.particles)["particles"]["rlnImageName"]
+    assert list(plain_parse(tmp_path / "taken.star")["particles"]["rlnImageName"]) == [names[i] for i in rows.tolist()]
+
+
+def test_a_bad_image_of_a_selection_is_named_by_its_row_in_the_file(tmp_path):
+    stack = stack_of(tmp_path, NOISE)
+    np.memmap(tmp_path / "images.mrcs", np.float32, "r+", offset=1024, shape=NOISE.shape)[4] = np.nan
+    assert "the image of row 5, 5@" in refusal(stack.take(torch.tensor([2, 4])).images, torch.tensor([1]))

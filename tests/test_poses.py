@@ -161,3 +161,13 @@ def test_the_likeliest_hypotheses_come_in_the_order_of_their_probabilities():
     everything = hypotheses.likeliest(10)
     assert everything.log_probabilities.shape == (2, 4)
     assert torch.equal(everything.poses.rotations[0], rotations[0, [1, 3, 2, 0]])
+
+
+def test_poses_stand_beside_and_after_others():
+    first, second = (Poses(torch.randn(2, k, 3, 3), torch.randn(2, k, 2)) for k in (3, 1))
+    both = first.beside(second)
+    assert torch.equal(both[:, 3].rotations, second.rotations[:, 0])
+    assert torch.equal(both.shifts_in_angstroms[:, :3], first.shifts_in_angstroms)
+    after = Poses.cat([first, first])
+    assert torch.equal(after.rotations[2:], first.rotations)
+    assert torch.equal(after.shifts_in_angstroms[:2], first.shifts_in_angstroms)

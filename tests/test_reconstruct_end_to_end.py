@@ -295,3 +295,37 @@ def test_every_choice_of_the_encoder_s_stage_leads_to_a_map_and_to_another_one(
 def test_the_choices_of_the_encoder_s_stage_are_all_that_makes_their_runs_differ(few, few_by_encoder_alone, tmp_path):
     again = reconstruct(ParticleStack.open(few.particles), tmp_path / "run", settings(SMALLEST, stages=("amortized",)))
     assert torch.equal(again.map, few_by_encoder_alone.map)
+
+
+@pytest.fixture(scope="module")
+def completed(simulated, tmp_path_factory):
+    """The same particles, of which less than half were trained on."""
+    torch.set_num_threads(1)
+    run = tmp_path_factory.mktemp("completed") / "run"
+    return reconstruct(ParticleStack.open(simulated.particles), run, settings(SETTINGS, max_particles=450))
+
+
+def test_particles_that_were_not_trained_on_are_posed_at_the_end_as_well_as_the_others(completed, simulated):
+    truth = read_poses(simulated.truth)
+    errors = pose_errors(completed.poses, truth)
+    assert errors.n_particles == N
+    assert errors.median_rotation_error_in_degrees < 6
+    assert errors.within_10_degrees > 0.75
+    assert files_in(completed.run.path).count("prepared_block.f16") == 0
+
+
+def test_particles_that_were_not_trained_on_enter_the_half_maps_of_their_half_set(completed, simulated, tmp_path):
+    stages = [json.loads(line)["stage"] for line in completed.run.metrics.read_text().splitlines()]
+    assert stages[-1] == "completion"
+    rows = plain_parse(completed.run.particles)["particles"]
+    assert len(rows["rlnRandomSubset"]) == N
+    assert set(rows["rlnRandomSubset"]) == {"1", "2"}
+    # Fewer particles make a map that agrees with itself less far.
+    stack = ParticleStack.open(simulated.particles)
+    without = reconstruct(stack.take(torch.arange(450)), tmp_path / "run", settings(SETTINGS, seed=0))
+    shell = slice(6, 14)
+    assert completed.half_maps.fsc[shell].mean() > without.half_maps.fsc[shell].mean()
+
+
+def test_a_run_that_trains_on_all_particles_has_nothing_to_complete(result):
+    assert "completion" not in result.run.metrics.read_text()

@@ -114,7 +114,7 @@ class ParticleStack:
         return cls(table, stacks)
 
     def take(self, indices: Tensor) -> ParticleStack:
-        """The particles of rows ``indices`` (B,) only, in that order; to be read, not to be written."""
+        """The particles of rows ``indices`` (B,) only, in that order."""
         chosen = indices.cpu().numpy()
         return ParticleStack(self.table.take(chosen), self._stacks, self._rows[chosen])
 

@@ -71,7 +71,7 @@ class ParticleTable:
         return len(self.pixel_size_in_angstroms)
 
     def take(self, rows: NDArray[np.int64]) -> ParticleTable:
-        """The numbers of some rows; ``blocks`` remains that of the whole file."""
+        """The table of some rows, in that order."""
         chosen = {
             item.name: getattr(self, item.name)[rows]
             for item in fields(self)
@@ -81,7 +81,9 @@ class ParticleTable:
         poses = self.poses
         if poses is not None:
             poses = PoseColumns(poses.angles_in_degrees[rows], poses.origins_in_angstroms[rows])
-        return replace(self, images=images, poses=poses, **chosen)
+        particles = self.blocks[self.particle_block].iloc[rows].reset_index(drop=True)
+        blocks = {**self.blocks, self.particle_block: particles}
+        return replace(self, images=images, poses=poses, blocks=blocks, **chosen)
 
 
 def read_particles(path: Path) -> ParticleTable:
