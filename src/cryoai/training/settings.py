@@ -76,7 +76,7 @@ class AmortizedSettings(_Frozen):
     """Units of the layers of FourierNet; 256 as published."""
     volume_oversampling: Annotated[int, Field(ge=1, le=4)] = 1
     """Points per Fourier pixel of the lattice that slices of the volume are interpolated from."""
-    n_steps: Positive = 4000
+    n_steps: Positive = 3000
     """Optimizer steps."""
     wake_batch_size: Annotated[int, Field(ge=2)] = 32
     """Images of the data set in a step."""
