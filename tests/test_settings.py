@@ -43,7 +43,7 @@ def toml(path, values):
         ({"amortized": {"symmetrization": "quarter-turn"}}, "amortized.symmetrization"),
         ({"amortized": {"volume": "gaussians"}}, "amortized.volume"),
         ({"amortized": {"wake_interval": 0}}, "amortized.wake_interval"),
-        ({"amortized": {"first_radius": 1}}, "amortized.first_radius"),
+        ({"amortized": {"first_radius": -1}}, "amortized.first_radius"),
         ({"amortized": {"max_radius": 10, "first_radius": 11}}, "amortized.first_radius"),
         ({"amortized": {"wake_batch_size": 1}}, "amortized.wake_batch_size"),
         ({"amortized": {"sleep_batch_size": -1}}, "amortized.sleep_batch_size"),
@@ -108,14 +108,14 @@ def test_the_band_limit_may_grow_or_be_there_from_the_start():
         assert assembled({"amortized": {"max_radius": 12, "first_radius": first}}).amortized.first_radius == first
 
 
-def test_the_preset_of_the_paper_is_the_published_method():
+def test_the_preset_of_the_paper_is_the_published_method_with_turns_in_the_plane_built_in():
     paper = assembled(preset="paper")
     assert paper.stages == ("amortized",)
     assert paper.placement.n_iterations == 0
     a = paper.amortized
-    assert (a.n_hypotheses, a.sleep_batch_size, a.encoder_width, a.volume_width) == (1, 0, 64, 256)
-    assert (a.encoder, a.symmetrization, a.volume) == ("convolutional", "half-turn", "fouriernet")
-    assert a.volume_oversampling == 2
+    assert (a.encoder, a.n_hypotheses, a.symmetrization) == ("polar", 16, "none")
+    assert (a.volume, a.volume_width, a.sleep_batch_size, a.wake_batch_size) == ("fouriernet", 256, 0, 64)
+    assert a.first_radius < a.max_radius
 
 
 def test_a_flag_wins_over_the_file_and_the_file_over_the_preset(tmp_path):
@@ -123,7 +123,7 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_preset(tmp_path):
     found = assembled({"amortized": {"n_steps": 12}}, preset="paper", file=file)
     assert found.amortized.n_steps == 12
     assert found.amortized.learning_rate == 2e-4
-    assert found.amortized.encoder_width == 64
+    assert found.amortized.first_radius == 4
     assert found.seed == 7
 
 

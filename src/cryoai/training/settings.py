@@ -84,8 +84,8 @@ class AmortizedSettings(_Frozen):
     """Synthetic images of the current volume in a step; 0 for none."""
     wake_interval: Positive = 20
     """Every so many steps the images of the data set are looked at and the volume moves; synthetic ones always."""
-    first_radius: Annotated[int, Field(ge=2, le=128)] | None = None
-    """Band limit of the first step; it grows to max_radius over the first half of the steps. Default: max_radius."""
+    first_radius: Annotated[int, Field(ge=0, le=128)] = 0
+    """Band limit of the first step; it grows to max_radius over the first half of the steps. 0 is max_radius."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 8e-3
     """Of the encoder; it rises over the first 5 % of the steps and falls as a cosine."""
     volume_learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-5
@@ -160,7 +160,7 @@ class Settings(_Frozen):
                 f"setting amortized.max_radius: {radius}; at most half of the box, {box // 2}, is possible"
             )
         first = self.amortized.first_radius
-        if first is not None and first > radius:
+        if first > radius:
             raise InputError(f"setting amortized.first_radius: {first}; at most max_radius, {radius}, is possible")
         n_hypotheses = self.amortized.n_hypotheses
         if self.amortized.encoder == "polar" and (n_hypotheses == 1 or n_hypotheses.bit_count() != 1):
