@@ -237,7 +237,7 @@ def place_with(encoder_poses, particles, reference, **options):
     stage = place(particles, reference, model=make_model(particles), **options)
     stage.encoder = KnownEncoder(encoder_poses)
     searched, found = [], stage._searched
-    stage._searched = lambda rows: (searched.extend(rows.tolist()), found(rows))[1]
+    stage._searched = lambda batch: (searched.extend(batch.indices.tolist()), found(batch))[1]
     last = finish(stage)
     assert sorted(stage.encoder.asked) == list(range(N))
     placed = stage.result().particles

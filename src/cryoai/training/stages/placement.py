@@ -10,7 +10,7 @@ from torch import Tensor
 from cryoai.bootstrap import BootstrapSchedule, Reference, search_box
 from cryoai.model import CryoAI
 from cryoai.noise import NoiseSpectrum, fit_z_scores
-from cryoai.particles import PreparedParticles
+from cryoai.particles import ParticleBatch, PreparedParticles
 from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.reconstruction import HalfSets
 from cryoai.refinement import RefinedPoses, refine_coarse_to_fine
@@ -129,18 +129,19 @@ class Placement:
         return replace(self.estimate, particles=placed, half_sets=self.half_sets)
 
     def _place(self, rows: Tensor) -> RefinedPoses:
-        index = rows.to(self.fit.device)
+        batch = self.coarse.batch(rows, self.reference.max_radius)
+        index = batch.indices
         if self.encoder is None:
             self.searched[index] = True
-            return self._searched(rows)
-        encoded = self._refined(rows, self.encoder.place(rows))
+            return self._searched(batch)
+        encoded = self._refined(batch, self.encoder.place(rows))
         self.from_encoder[index] = True
         if self.templates is None:
             return encoded
-        self.fit[index] = self._fit(rows, encoded.poses)
+        self.fit[index] = self._fit(batch, encoded.poses)
         doubtful = self._doubtful(index)
         if bool(doubtful.any()):
-            searched = self._searched(rows[doubtful.cpu()])
+            searched = self._searched(batch[doubtful])
             self._compare(index[doubtful], encoded[doubtful], searched)
             encoded = encoded.with_better(doubtful, searched)
         return encoded
@@ -162,21 +163,18 @@ class Placement:
         self.missed[index] = likelier & (distance >= _SAME_ANSWER_IN_DEGREES)
         self.from_encoder[index] = ~likelier
 
-    def _searched(self, rows: Tensor) -> RefinedPoses:
+    def _searched(self, batch: ParticleBatch) -> RefinedPoses:
         assert self.templates is not None
         imaging = self.coarse.imaging(self.reference.max_radius)
-        batch = self.coarse.batch(rows, self.reference.max_radius)
         precision = self.reference.noise.precision(imaging)
-        return self._refined(rows, search_poses(batch, self.templates, imaging, precision, 1).poses[:, 0])
+        return self._refined(batch, search_poses(batch, self.templates, imaging, precision, 1).poses[:, 0])
 
-    def _fit(self, rows: Tensor, poses: Poses) -> Tensor:
+    def _fit(self, batch: ParticleBatch, poses: Poses) -> Tensor:
         imaging = self.coarse.imaging(self.reference.max_radius)
-        batch = self.coarse.batch(rows, self.reference.max_radius)
         predicted = imaging.predict(self.volume, poses, batch.optics)
         return fit_z_scores(batch.coefficients, predicted, self.reference.noise.precision(imaging))
 
-    def _refined(self, rows: Tensor, start: Poses) -> RefinedPoses:
-        batch = self.coarse.batch(rows, self.reference.max_radius)
+    def _refined(self, batch: ParticleBatch, start: Poses) -> RefinedPoses:
         imaging = self.coarse.imaging(self.reference.max_radius)
         return refine_coarse_to_fine(batch, start, self.volume, imaging, self.reference.noise, self.n_iterations)
 
