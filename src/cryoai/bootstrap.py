@@ -76,6 +76,11 @@ class BootstrapSchedule:
         grown = self.progress(step) * (self.last_radius + 1 - self.first_radius)
         return min(self.last_radius, self.first_radius + int(grown))
 
+    def trials(self, extent_in_angstroms: float, device: torch.device) -> TrialPoses:
+        """The search grid for images of this extent."""
+        shifts = shift_grid(self.shift_step_in_boxes * extent_in_angstroms, self.n_shift_steps, device=device)
+        return TrialPoses.grid(self.n_rotations // 2, shifts)
+
     def spread(self, step: int) -> float:
         return float(self.first_spread * (self.last_spread / self.first_spread) ** self.progress(step))
 
@@ -126,10 +131,7 @@ class StochasticSearch:
         self.steps_done = 0
         self.log_likelihood = 0.0
         n, device = particles.n_pixels, particles.disc.device
-        shifts = shift_grid(
-            schedule.shift_step_in_boxes * n * particles.pixel_size_in_angstroms, schedule.n_shift_steps, device=device
-        )
-        self.trials = TrialPoses.grid(schedule.n_rotations // 2, shifts)
+        self.trials = schedule.trials(n * particles.pixel_size_in_angstroms, device)
         self.mask = soft_sphere(n, 0.45 * n - 3, 3, device=device)
         self.sums = ReconstructionSums.empty(n, schedule.last_radius, device=device)
         # Before there is a map everything is noise.

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from cryoai.bootstrap import Reference
+from cryoai.bootstrap import BootstrapSchedule, Reference
 from cryoai.encoder import EncoderArchitecture, PoseEncoder
 from cryoai.errors import InputError
 from cryoai.formats.files import atomic_path
@@ -41,7 +41,7 @@ from cryoai.optics import Optics
 from cryoai.particles import ParticleBatch, ParticleStack, stream_particles
 from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.runs import RunFolder
-from cryoai.search import Templates, TrialPoses, search_poses, shift_grid
+from cryoai.search import Templates, search_poses
 from cryoai.volumes import SampledVolume, VoxelVolume
 
 __all__ = [
@@ -63,7 +63,8 @@ _WORST_FITS = 0.02
 _RIDGE = 1e-3
 # A fit so many standard deviations from that of particles of the map calls for a search, if there is one.
 _MISFIT = -2.5
-_N_ROTATIONS, _SHIFT_STEP_IN_BOXES, _SHIFT_STEPS, _SEARCHED = 4608, 0.02, 3, 4
+# Of such a search, the best rotations that are judged beside the encoder's.
+_SEARCHED = 4
 _SURE, _FEW = 0.9, 0.05
 # A box may be smaller than that of the run by the rounding of an even number of pixels.
 _ROUNDING_IN_PIXELS = 2.0
@@ -259,9 +260,7 @@ class PosePredictor:
         blank = Confidence(torch.zeros(0), torch.zeros(0))
         volume = reference.sampled()
         extent = trained.n_pixels * trained.pixel_size_in_angstroms
-        shifts = shift_grid(_SHIFT_STEP_IN_BOXES * extent, _SHIFT_STEPS, device=device)
-        trials = TrialPoses.grid(_N_ROTATIONS // 2, shifts)
-        templates = Templates.of(volume, trials, imaging) if n_iterations else None
+        templates = Templates.of(volume, BootstrapSchedule().trials(extent, device), imaging) if n_iterations else None
         bare = cls(trained, model.eval(), volume, blank, n_iterations, templates)
         return replace(bare, confidence=Confidence.learn(*bare._rehearse(_N_SYNTHETIC, seed=0)))
 

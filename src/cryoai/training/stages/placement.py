@@ -14,7 +14,7 @@ from cryoai.particles import ParticleBatch, PreparedParticles
 from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.reconstruction import HalfSets
 from cryoai.refinement import RefinedPoses, refine_coarse_to_fine
-from cryoai.search import Templates, TrialPoses, search_poses, shift_grid
+from cryoai.search import Templates, TrialPoses, search_poses
 from cryoai.training.stages.base import Estimate, ParticlePoses, assign_poses, blank_poses, chunks_of_halves
 from cryoai.volumes import SampledVolume
 
@@ -236,5 +236,4 @@ def reliable_from(fit: Tensor, missed: Tensor, share: float) -> float:
 def trial_poses(particles: PreparedParticles, schedule: BootstrapSchedule, n_rotations: int) -> TrialPoses:
     """The search grid of a schedule, with another number of rotations."""
     extent = particles.n_pixels * particles.pixel_size_in_angstroms
-    shifts = shift_grid(schedule.shift_step_in_boxes * extent, schedule.n_shift_steps, device=particles.disc.device)
-    return TrialPoses.grid(n_rotations // 2, shifts)
+    return replace(schedule, n_rotations=n_rotations).trials(extent, particles.disc.device)
