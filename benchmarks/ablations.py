@@ -10,8 +10,6 @@ is printed at the end.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
+from provenance import provenance
 
 CONVOLUTIONAL = ("--amortized.encoder", "convolutional", "--amortized.encoder-width", "16")
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -83,12 +81,8 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="passed on to cryoai reconstruct")
     given = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     report = {
-        "commit": commit,
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
+        **provenance(),
         "settings": {"flags": given.flags},
         "results": json.loads(given.out.read_text())["results"] if given.out.is_file() else {},
     }

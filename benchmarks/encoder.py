@@ -11,9 +11,6 @@ hypotheses by likelihood under the volume.
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -30,6 +27,7 @@ from cryoai.particles import ParticleStack, PreparedParticles, prepare_particles
 from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.training.stages import Amortized, Estimate
 from cryoai.volumes import SampledVolume, VoxelVolume
+from provenance import provenance
 
 BOX, RADIUS, N_JUDGED = 32, 12, 2000
 
@@ -137,12 +135,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     report: dict[str, object] = {
-        "commit": commit,
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {given.device}",
-        "torch": torch.__version__,
+        **provenance(given.device),
         "settings": {k: str(v) for k, v in vars(given).items() if k not in ("out", "stacks")},
     }
     for stack in given.stacks:

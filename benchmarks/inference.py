@@ -11,9 +11,6 @@ poses of TRAINED, so that nothing is fitted to the particles under test.
 import argparse
 import itertools
 import json
-import os
-import platform
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -27,6 +24,7 @@ from cryoai.inference import RIGHT_IN_DEGREES, Inferred, PosePredictor
 from cryoai.particles import ParticleStack, read_poses
 from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.runs import RunFolder
+from provenance import provenance
 
 KEPT = 0.95
 BINS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99, 1.0001)
@@ -101,12 +99,8 @@ def main() -> None:
     parser.add_argument("--refine", type=int, nargs="+", default=[0, 3])
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     report: dict[str, object] = {
-        "commit": commit,
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {given.device}",
-        "torch": torch.__version__,
+        **provenance(given.device),
         "stacks": [given.trained.name, given.new.name],
     }
     for n_iterations in given.refine:

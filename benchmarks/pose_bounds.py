@@ -12,10 +12,7 @@ the resolution of the map reconstructed from the true poses, which no estimated 
 import argparse
 import json
 import math
-import platform
-import subprocess
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -29,6 +26,7 @@ from cryoai.poses import Poses
 from cryoai.reconstruction import HalfSets
 from cryoai.runs import finite_or_none
 from cryoai.volumes import SampledVolume
+from provenance import provenance
 
 _N_IMAGES = 500
 _N_DRAWS = 200
@@ -88,8 +86,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("folders", type=Path, nargs="+")
     given = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    report: dict[str, object] = {"commit": commit, "date": time.strftime("%Y-%m-%d"), "machine": platform.machine()}
+    report = provenance()
     for folder in given.folders:
         report[folder.name] = bounds(folder)
         print(folder.name, report[folder.name], flush=True)

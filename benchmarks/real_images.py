@@ -10,8 +10,6 @@ to the resolution of the map. The reference takes no part in the reconstruction.
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -25,6 +23,7 @@ from cryoai.alignment import align_maps, change_frame
 from cryoai.formats.mrc import read_map
 from cryoai.fourier import invert_transform, shells_of_volume, transform_map
 from cryoai.simulation import resample_map
+from provenance import provenance
 
 _RANDOM_BEYOND_IN_ANGSTROMS = 25.0
 
@@ -78,12 +77,7 @@ def main() -> None:
     # z -> -z about the centre n // 2
     mirrored = reference.flip(0).roll(1, 0)
     report = {
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
+        **provenance(),
         "particles": given.particles.name,
         "seed": given.seed,
         "seconds": round(seconds, 1),

@@ -8,8 +8,6 @@ would type. The result file holds every figure with commit, hardware and setting
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -17,6 +15,8 @@ import time
 from pathlib import Path
 
 import torch
+
+from provenance import provenance
 
 
 def cryoai(*arguments: object) -> float:
@@ -56,13 +56,8 @@ def main() -> None:
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="passed on to cryoai reconstruct")
     given = parser.parse_args()
 
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     report: dict[str, object] = {
-        "commit": commit,
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-        + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
-        "torch": torch.__version__,
+        **provenance("cuda" if torch.cuda.is_available() else "cpu"),
         "settings": {
             k: v.name if isinstance(v, Path) else str(v) for k, v in vars(given).items() if k not in ("out", "maps")
         },

@@ -11,8 +11,6 @@ given without what the STAR table alone takes.
 
 import argparse
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
@@ -20,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
+from provenance import provenance
 
 
 def repeated(stack: Path, n: int, folder: Path) -> Path:
@@ -86,7 +84,6 @@ def main() -> None:
     parser.add_argument("--reconstruct-up-to", type=int, default=1_000_000, help="larger stacks are only inferred")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="passed on to cryoai reconstruct")
     given = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     with tempfile.TemporaryDirectory() as name:
         scratch, points = Path(name), []
         for n in given.numbers:
@@ -94,9 +91,7 @@ def main() -> None:
             encoder_run = scratch / f"run_{given.numbers[0]}" if points else None
             points.append(measure(star, n, given, scratch, encoder_run))
     report = {
-        "commit": commit,
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        **provenance(),
         "peak_of_this_process_in_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "settings": {k: str(v) for k, v in vars(given).items() if k not in ("out", "stack")},
         "points": points,

@@ -10,9 +10,6 @@ that the networks use, measured in the same process.
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -28,6 +25,7 @@ from cryoai.particles import ParticleStack, prepare_particles
 from cryoai.training.settings import AmortizedSettings
 from cryoai.training.stages import Amortized, Estimate
 from cryoai.volumes import FourierNetVolume
+from provenance import provenance
 
 REPEATS = 20
 SIZE = {"cpu": 2048, "cuda": 8192}
@@ -124,12 +122,8 @@ def main() -> None:
     given = parser.parse_args()
     device = torch.device(given.device)
     peak = peak_rate(device)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     report: dict[str, object] = {
-        "commit": commit,
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {given.device}",
-        "torch": torch.__version__,
+        **provenance(given.device),
         "encoder": given.encoder,
         "matrix_peak_in_gigaflop_per_second": round(peak / 1e9, 1),
         "type": str(matrix_dtype(device)),
