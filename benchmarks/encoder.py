@@ -23,7 +23,9 @@ from cryoai.formats.mrc import read_map
 from cryoai.fourier import resize_map
 from cryoai.model import CryoAI, matched_filter, unfiltered
 from cryoai.noise import NoiseSpectrum, log_likelihood
-from cryoai.particles import ParticleStack, PreparedParticles, prepare_particles, read_poses
+from cryoai.particle_stack import ParticleStack
+from cryoai.particles import PreparedParticles, prepare_particles
+from cryoai.pose_files import read_poses
 from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.training.stages import Amortized, Estimate
 from cryoai.volumes import SampledVolume, VoxelVolume

@@ -21,7 +21,8 @@ import torch
 
 from cryoai.evaluation import pose_errors
 from cryoai.inference import RIGHT_IN_DEGREES, Inferred, PosePredictor
-from cryoai.particles import ParticleStack, read_poses
+from cryoai.particle_stack import ParticleStack
+from cryoai.pose_files import read_poses
 from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.runs import RunFolder
 from provenance import provenance

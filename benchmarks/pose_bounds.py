@@ -21,7 +21,9 @@ from cryoai.alignment import FrameChange
 from cryoai.evaluation import map_errors
 from cryoai.formats.mrc import MrcMap, read_map
 from cryoai.noise import NoiseSpectrum
-from cryoai.particles import ParticleStack, PreparedParticles, prepare_particles, read_poses
+from cryoai.particle_stack import ParticleStack
+from cryoai.particles import PreparedParticles, prepare_particles
+from cryoai.pose_files import read_poses
 from cryoai.poses import Poses
 from cryoai.reconstruction import HalfSets
 from cryoai.runs import finite_or_none

@@ -45,8 +45,8 @@ def child(code: str, *arguments: object) -> tuple[float, int]:
     return time.monotonic() - started, 1024 * peak
 
 
-READ = "import sys; from cryoai.formats.star import read_particles; from pathlib import Path; import cryoai\n"
-READ += "table = read_particles(Path(sys.argv[1]))"
+READ = "import sys; from cryoai.formats.star import read_star; from pathlib import Path; import cryoai\n"
+READ += "table = read_star(Path(sys.argv[1]))"
 RUN = "import sys; from cryoai.cli import main; assert main(sys.argv[1:]) == 0"
 
 

@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from cryoai.encoder import EncoderArchitecture
 from cryoai.hardware import matrix_dtype
 from cryoai.model import CryoAI
-from cryoai.particles import ParticleStack, prepare_particles
+from cryoai.particle_stack import ParticleStack
+from cryoai.particles import prepare_particles
 from cryoai.training.settings import AmortizedSettings
 from cryoai.training.stages import Amortized, Estimate
 from cryoai.volumes import FourierNetVolume

@@ -12,8 +12,8 @@ import torch
 
 from cryoai.errors import InputError
 from cryoai.formats.mrc import open_stack
-from cryoai.formats.star import read_particles
-from cryoai.particles import ParticleStack
+from cryoai.formats.star import read_star
+from cryoai.particle_stack import ParticleStack
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 WHY_ABSENT = f"needs third-party data in {SHARED}"
@@ -140,7 +140,7 @@ def third_party_particles(*parts):
 def third_party_particles_renamed(tmp_path, folder, star, images):
     """A stack of other makers, whose STAR file names another stack than the one it came with."""
     star = SHARED / "stacks" / folder / star
-    name = read_particles(star).images.names[0]
+    name = read_star(star).images.names[0]
     (tmp_path / name).symlink_to(SHARED / "stacks" / folder / images)
     return ParticleStack.open(star, data_dir=tmp_path)
 

@@ -11,7 +11,7 @@ import cryoai
 from cryoai.cli import main
 from cryoai.formats.mrc import read_map, write_map
 from cryoai.fourier import resize_map
-from cryoai.particles import ParticleStack
+from cryoai.particle_stack import ParticleStack
 from cryoai.runs import RunFolder
 from stacks import OPTICS, files_in, loop_text, particle_columns, write_images, write_star
 

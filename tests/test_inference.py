@@ -18,7 +18,9 @@ from cryoai.fourier import FourierDisc
 from cryoai.inference import Confidence, PosePredictor, TrainedEncoder, infer_file
 from cryoai.model import CryoAI, Placing
 from cryoai.noise import NoiseSpectrum
-from cryoai.particles import ParticleStack, prepare_particles, read_poses
+from cryoai.particle_stack import ParticleStack
+from cryoai.particles import prepare_particles
+from cryoai.pose_files import read_poses
 from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.runs import RunFolder
 from cryoai.simulation import protein_like_phantom, simulate

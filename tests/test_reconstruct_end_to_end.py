@@ -15,7 +15,8 @@ from cryoai.alignment import FrameChange
 from cryoai.evaluation import map_errors, pose_errors
 from cryoai.formats.mrc import read_map
 from cryoai.fourier import fourier_shell_correlation
-from cryoai.particles import ParticleStack, read_poses
+from cryoai.particle_stack import ParticleStack
+from cryoai.pose_files import read_poses
 from cryoai.simulation import protein_like_phantom, simulate
 from cryoai.training.loop import reconstruct
 from cryoai.training.settings import Settings

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from cryoai.formats.mrc import MrcMap, read_map
-from cryoai.formats.star import read_particles
+from cryoai.formats.star import read_star
 from cryoai.fourier import FourierDisc, HalfLattice, transform_map
 from cryoai.imaging import ImagingModel
-from cryoai.particles import ParticleStack
+from cryoai.particle_stack import ParticleStack
 from cryoai.poses import angular_distance_in_degrees, rotation_grid
 from cryoai.simulation import Microscope, exact_transform, protein_like_phantom, resample_map, simulate
 from cryoai.volumes import SampledVolume
@@ -59,7 +59,7 @@ def test_the_particles_have_no_poses_and_otherwise_equal_the_truth(phantom, tmp_
     hidden = {"rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi", "rlnOriginXAngst", "rlnOriginYAngst"}
     assert set(truth) - set(blind) == hidden
     assert {name: truth[name] for name in blind} == blind
-    assert read_particles(simulation.particles).poses is None
+    assert read_star(simulation.particles).poses is None
 
 
 @pytest.mark.parametrize("snr", [0.05, 1.0])
@@ -101,7 +101,7 @@ def test_shifts_have_the_deviation_and_defoci_the_range_asked_for(phantom, tmp_p
     microscope = Microscope(defocus_range_in_angstroms=(5000.0, 6000.0), voltage_in_kilovolts=200.0)
     options = OPTIONS | {"n_pixels": 32, "pixel_size_in_angstroms": 7.0}
     simulation = simulate(phantom, tmp_path, n_particles=1500, snr=1, seed=0, microscope=microscope, **options)
-    table = read_particles(simulation.truth)
+    table = read_star(simulation.truth)
     assert table.poses.origins_in_angstroms.std(axis=0) == pytest.approx(np.array([5, 5]), rel=0.06)
     mean = (table.defocus_u_in_angstroms + table.defocus_v_in_angstroms) / 2
     assert (mean.min() > 4999, mean.max() < 6001) == (True, True)
@@ -112,7 +112,7 @@ def test_defoci_are_drawn_from_the_rows_of_a_table(phantom, tmp_path):
     rows = np.array([[10000, 9000, 10], [20000, 19500, 50], [15000, 14000, 170]], dtype=np.float64)
     microscope = Microscope(defocus_table=rows)
     simulation = simulate(phantom, tmp_path, n_particles=60, snr=1, seed=0, microscope=microscope, **OPTIONS)
-    table = read_particles(simulation.truth)
+    table = read_star(simulation.truth)
     columns = (table.defocus_u_in_angstroms, table.defocus_v_in_angstroms, table.defocus_angle_in_degrees)
     assert set(zip(*columns, strict=True)) == set(map(tuple, rows))
 

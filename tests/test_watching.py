@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cryoai.particles import ParticleStack
+from cryoai.particle_stack import ParticleStack
 from cryoai.watching import FollowedFolder
 from stacks import files_in, particle_columns, refusal, write_images, write_star
 

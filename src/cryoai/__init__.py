@@ -23,7 +23,8 @@ from cryoai.fourier import FourierDisc, fourier_shell_correlation
 from cryoai.imaging import ImagingModel
 from cryoai.model import CryoAI
 from cryoai.optics import Optics, contrast_transfer_function
-from cryoai.particles import ParticleStack, read_poses
+from cryoai.particle_stack import ParticleStack
+from cryoai.pose_files import read_poses
 from cryoai.poses import Poses
 from cryoai.reconstruction import ReconstructionSums
 from cryoai.refinement import refine_poses

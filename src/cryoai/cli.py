@@ -27,7 +27,8 @@ from cryoai.formats.files import make_empty_folder
 from cryoai.formats.mrc import MrcMap, read_map
 from cryoai.hardware import choose_device, matrix_dtype
 from cryoai.inference import PosePredictor, check_output, infer_file
-from cryoai.particles import ParticleStack, read_poses
+from cryoai.particle_stack import ParticleStack
+from cryoai.pose_files import read_poses
 from cryoai.report.figures import draw_particles_and_map
 from cryoai.runs import RunFolder, finite_or_none
 from cryoai.simulation import Microscope, protein_like_phantom, resample_map, simulate
@@ -281,7 +282,7 @@ def info_command() -> None:
     print(f"cryoai   {__version__}")
     print(f"device   {device} ({name}), {torch.get_num_threads()} threads, networks in {matrix_dtype(device)}")
     print(f"python   {platform.python_version()} on {platform.platform()}")
-    for package in ("torch", "numpy", "scipy", "mrcfile", "starfile", "roma", "torch-ctf", "finufft"):
+    for package in ("torch", "numpy", "scipy", "mrcfile", "roma", "torch-ctf", "finufft"):
         print(f"{package:<8} {version(package)}")
 
 

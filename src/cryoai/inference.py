@@ -38,7 +38,8 @@ from cryoai.imaging import ImagingModel
 from cryoai.model import CryoAI, Placing, matched_filter, unfiltered
 from cryoai.noise import NoiseSpectrum
 from cryoai.optics import Optics
-from cryoai.particles import ParticleBatch, ParticleStack, stream_particles
+from cryoai.particle_stack import ParticleStack
+from cryoai.particles import ParticleBatch, stream_particles
 from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.runs import RunFolder
 from cryoai.search import Templates, search_poses

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import finufft
 import numpy as np
-import pandas as pd
 import roma
 import torch
 from numpy.typing import NDArray
@@ -21,10 +20,12 @@ from torch import Tensor
 
 from cryoai.errors import InputError
 from cryoai.formats.mrc import MrcMap, StackWriter, write_map
-from cryoai.formats.star import write_blocks
+from cryoai.formats.star import write_star
+from cryoai.formats.table import ImageReferences, ParticleTable
 from cryoai.fourier import FourierDisc, invert_transform, translation_phases
 from cryoai.optics import Optics, contrast_transfer_function
-from cryoai.poses import Poses, rotations_to_euler_angles
+from cryoai.pose_files import pose_columns
+from cryoai.poses import Poses
 
 __all__ = ["Microscope", "Simulation", "exact_transform", "protein_like_phantom", "resample_map", "simulate"]
 
@@ -236,8 +237,10 @@ def simulate(
             progress(start + len(images))
     truth = resample_map(source, n_pixels, pixel_size_in_angstroms)
     write_map(out_dir / "truth.mrc", truth.density, pixel_size_in_angstroms)
-    _write_star(out_dir / "particles.star", stack.name, n_pixels, optics, None)
-    _write_star(out_dir / "truth.star", stack.name, n_pixels, optics, poses)
+    table = _particle_table(out_dir / "particles.star", stack.name, optics)
+    sizes = np.full(n_particles, n_pixels)
+    write_star(table.path, table, sizes, None, {})
+    write_star(out_dir / "truth.star", table, sizes, pose_columns(poses), {})
     return Simulation(
         out_dir / "particles.star", out_dir / "truth.star", out_dir / "truth.mrc", signal_power / n_particles
     )
@@ -254,30 +257,8 @@ def _project(source: MrcMap, poses: Poses, optics: Optics, disc: FourierDisc) ->
     return slices * shifts * contrast_transfer_function(optics, disc)
 
 
-def _write_star(path: Path, stack_name: str, n_pixels: int, optics: Optics, poses: Poses | None) -> None:
+def _particle_table(path: Path, stack_name: str, optics: Optics) -> ParticleTable:
     n = len(optics)
-    group = pd.DataFrame(
-        {
-            "rlnOpticsGroup": ["1"],
-            "rlnOpticsGroupName": ["opticsGroup1"],
-            "rlnVoltage": [f"{float(optics.voltage_in_kilovolts[0]):.6f}"],
-            "rlnSphericalAberration": [f"{float(optics.spherical_aberration_in_mm[0]):.6f}"],
-            "rlnAmplitudeContrast": [f"{float(optics.amplitude_contrast[0]):.6f}"],
-            "rlnImagePixelSize": [f"{float(optics.pixel_size_in_angstroms[0]):.6f}"],
-            "rlnImageSize": [str(n_pixels)],
-            "rlnImageDimensionality": ["2"],
-        }
-    )
-    columns: dict[str, list[str] | NDArray[np.floating]] = {
-        "rlnImageName": [f"{i + 1:06d}@{stack_name}" for i in range(n)],
-        "rlnOpticsGroup": ["1"] * n,
-        "rlnDefocusU": optics.defocus_u_in_angstroms.double().numpy(),
-        "rlnDefocusV": optics.defocus_v_in_angstroms.double().numpy(),
-        "rlnDefocusAngle": optics.defocus_angle_in_degrees.double().numpy(),
-    }
-    if poses is not None:
-        angles = rotations_to_euler_angles(poses.rotations).numpy()
-        columns |= dict(zip(("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"), angles.T, strict=True))
-        origins = poses.shifts_in_angstroms.double().numpy()
-        columns |= dict(zip(("rlnOriginXAngst", "rlnOriginYAngst"), origins.T, strict=True))
-    write_blocks(path, {"optics": group, "particles": pd.DataFrame(columns)})
+    columns = {item.name: getattr(optics, item.name).double().numpy() for item in fields(optics)}
+    images = ImageReferences((stack_name,), np.zeros(n, dtype=np.int32), np.arange(n, dtype=np.int32))
+    return ParticleTable(path=path, rows=np.arange(n), images=images, poses=None, star=None, ignored=(), **columns)

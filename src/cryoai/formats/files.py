@@ -10,7 +10,14 @@ from pathlib import Path
 
 from cryoai.errors import InputError
 
-__all__ = ["atomic_path", "make_empty_folder", "writable_folder"]
+__all__ = [
+    "atomic_path",
+    "check_not_a_pointer",
+    "check_text_file",
+    "file_fingerprint",
+    "make_empty_folder",
+    "writable_folder",
+]
 
 
 @contextmanager
@@ -31,6 +38,43 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def file_fingerprint(path: Path) -> tuple[int, int]:
+    """Size and time of the last change of a file, which tell whether it is still the one that was read."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def check_text_file(path: Path, wanted: str) -> None:
+    """See that a file is there and holds text.
+
+    Raises
+    ------
+    InputError
+        If it is missing, empty, or something that people mistake for the file itself.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give {wanted}")
+    with path.open("rb") as file:
+        start = file.read(4096)
+    if not start.strip():
+        raise InputError(f"{path}: the file is empty; give {wanted}")
+    check_not_a_pointer(path, start)
+    if b"\0" in start:
+        raise InputError(f"{path}: not a text file; give {wanted}")
+
+
+def check_not_a_pointer(path: Path, start: bytes) -> None:
+    """Refuse the short text that version control leaves in the place of a large file.
+
+    Raises
+    ------
+    InputError
+        If the first bytes ``start`` of the file are such a text.
+    """
+    if start.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path}: a Git LFS pointer, not the file itself; fetch it with 'git lfs pull'")
 
 
 def make_empty_folder(path: Path) -> None:

@@ -22,7 +22,8 @@ from cryoai.hardware import choose_device
 from cryoai.inference import TrainedEncoder, encoder_inputs
 from cryoai.model import CryoAI
 from cryoai.noise import NoiseSpectrum, fit_z_scores
-from cryoai.particles import ParticleStack, PreparedParticles, prepare_particles
+from cryoai.particle_stack import ParticleStack
+from cryoai.particles import PreparedParticles, prepare_particles
 from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.reconstruction import HalfMaps
 from cryoai.runs import RunFolder, finite_or_none

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cryoai.particles import ParticleStack, PreparedParticles, prepare_particles
+from cryoai.particle_stack import ParticleStack
+from cryoai.particles import PreparedParticles, prepare_particles
 from cryoai.poses import Poses
 from cryoai.reconstruction import HalfSets
 from cryoai.refinement import refine_coarse_to_fine

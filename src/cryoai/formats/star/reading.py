@@ -1,0 +1,315 @@
+"""RELION STAR files (3.0, 3.1, 5) to the particle table.
+
+A file is read line by line: only the columns that are understood are kept, as numbers, so that a
+million rows fit in little memory (docs/decisions/0005).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cryoai.errors import InputError
+from cryoai.formats.files import check_text_file, file_fingerprint
+from cryoai.formats.star.lines import star_lines, tokens, unquoted
+from cryoai.formats.star.names import ABERRATIONS, ANGLES, DEFOCUS, DETECTOR, IMAGE, MICROSCOPE, NUMBERS, PIXEL_SIZES
+from cryoai.formats.table import FloatColumn, ImageReferences, ParticleTable, PoseColumns, StarLayout
+
+__all__ = ["read_star"]
+
+_CHUNK = 20_000
+
+
+def read_star(path: Path) -> ParticleTable:
+    """Read the particles of a RELION STAR file.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, empty or malformed, or a column or value that the physics needs is
+        missing: nothing physical is ever assumed.
+    """
+    check_text_file(path, "a RELION particle STAR file")
+    fingerprint = file_fingerprint(path)
+    try:
+        tables = _read_tables(path)
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file; give a RELION particle STAR file") from None
+    particles = _particle_table(path, tables)
+    columns = _Columns(path, particles, tables.get("optics"))
+    pixel_size = _pixel_size(columns)
+    return ParticleTable(
+        path=path,
+        rows=np.arange(particles.n_rows),
+        images=particles.images.references(),
+        pixel_size_in_angstroms=pixel_size,
+        voltage_in_kilovolts=columns.positive(MICROSCOPE[0]),
+        spherical_aberration_in_mm=columns.required(MICROSCOPE[1]),
+        amplitude_contrast=columns.required(MICROSCOPE[2]),
+        defocus_u_in_angstroms=columns.required(DEFOCUS[0]),
+        defocus_v_in_angstroms=columns.required(DEFOCUS[1]),
+        defocus_angle_in_degrees=columns.required(DEFOCUS[2]),
+        # RELION writes these two only where there is a phase plate or an envelope.
+        phase_shift_in_degrees=columns.optional("rlnPhaseShift", 0.0),
+        b_factor_in_square_angstroms=columns.optional("rlnCtfBfactor", 0.0),
+        poses=_poses(columns, pixel_size),
+        star=StarLayout(path, fingerprint, particles.name, tuple(particles.columns), "optics" in tables),
+        ignored=columns.ignored(),
+    )
+
+
+@dataclass(eq=False)
+class _Images:
+    """The references to images, gathered row by row."""
+
+    stacks: dict[str, int] = field(default_factory=dict)
+    stack: list[NDArray[np.int32]] = field(default_factory=list)
+    index: list[NDArray[np.int32]] = field(default_factory=list)
+    n_rows: int = 0
+
+    def add(self, path: Path, words: list[str]) -> None:
+        stack, index = np.empty(len(words), dtype=np.int32), np.empty(len(words), dtype=np.int32)
+        for i, word in enumerate(words):
+            number, at, name = word.partition("@")
+            if not at:
+                number, name = "1", word
+            if not (number.isascii() and number.isdigit() and 1 <= int(number) < 2**31 and name) or len(number) > 12:
+                raise InputError(
+                    f"{path}: {IMAGE} of particle row {self.n_rows + i + 1} is '{word}'; "
+                    "number@stack is needed, counted from 1"
+                )
+            stack[i] = self.stacks.setdefault(name, len(self.stacks))
+            index[i] = int(number) - 1
+        self.stack.append(stack)
+        self.index.append(index)
+        self.n_rows += len(words)
+
+    def references(self) -> ImageReferences:
+        return ImageReferences(tuple(self.stacks), np.concatenate(self.stack), np.concatenate(self.index))
+
+
+@dataclass(eq=False)
+class _Numbers:
+    """A column of numbers, gathered chunk by chunk; what is no finite number is NaN, and the first is remembered."""
+
+    chunks: list[FloatColumn] = field(default_factory=list)
+    n_rows: int = 0
+    bad: tuple[int, str] | None = None
+
+    def add(self, words: list[str]) -> None:
+        try:
+            values = np.array(words, dtype=np.float64)
+        except ValueError:
+            values = np.array([_number(word) for word in words])
+        wrong = np.flatnonzero(~np.isfinite(values))
+        if len(wrong) and self.bad is None:
+            self.bad = (self.n_rows + int(wrong[0]), words[wrong[0]])
+        self.chunks.append(values)
+        self.n_rows += len(words)
+
+    @property
+    def values(self) -> FloatColumn:
+        return np.concatenate(self.chunks) if self.chunks else np.zeros(0)
+
+
+def _number(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        return np.nan
+
+
+@dataclass(eq=False)
+class _Table:
+    """One table of a file: the numbers and images that are understood, and the names of all columns."""
+
+    path: Path
+    name: str
+    columns: list[str] = field(default_factory=list)
+    numbers: dict[str, _Numbers] = field(default_factory=dict)
+    # Of the columns of aberrations, those in which some value is not the one that means there is none.
+    aberrant: set[str] = field(default_factory=set)
+    images: _Images = field(default_factory=_Images)
+    n_rows: int = 0
+    is_loop: bool = False
+    pending: list[list[str]] = field(default_factory=list)
+
+    def add_line(self, kind: str, text: str) -> None:
+        if kind == "loop":
+            if self.columns:
+                raise InputError(f"{self.path}: the table data_{self.name} has two parts; make them two tables")
+            self.is_loop = True
+        elif kind == "row":
+            self.pending.append(tokens(text))
+            if len(self.pending) >= _CHUNK:
+                self.flush()
+        else:
+            name, *values = tokens(text)
+            self._add_column(name[1:])
+            if kind == "item":
+                # Single lines of a name and a value make a table of one row.
+                self.pending = [[*(self.pending[0] if self.pending else []), *values[:1]]]
+
+    def flush(self) -> None:
+        """Turn the pending rows into numbers."""
+        rows, self.pending = self.pending, []
+        for i, row in enumerate(rows):
+            if len(row) != len(self.columns):
+                raise InputError(
+                    f"{self.path}: row {self.n_rows + i + 1} of the table data_{self.name} has {len(row)} values "
+                    f"for {len(self.columns)} columns; the file is damaged: write it again"
+                )
+        for position, name in enumerate(self.columns):
+            if name in self.numbers:
+                self.numbers[name].add([unquoted(row[position]) for row in rows])
+            elif name == IMAGE:
+                self.images.add(self.path, [unquoted(row[position]) for row in rows])
+            elif name in ABERRATIONS and name not in self.aberrant and any(_aberrant(name, r[position]) for r in rows):
+                self.aberrant.add(name)
+        self.n_rows += len(rows)
+
+    def _add_column(self, name: str) -> None:
+        if name in self.columns:
+            raise InputError(
+                f"{self.path}: the table data_{self.name} names column {name} twice; remove one of the two"
+            )
+        self.columns.append(name)
+        if name in NUMBERS:
+            self.numbers[name] = _Numbers()
+
+
+def _aberrant(name: str, cell: str) -> bool:
+    values = [_number(word) for word in re.split(r"[\[\],\s]+", unquoted(cell)) if word]
+    return any(value != ABERRATIONS[name][1] for value in values)
+
+
+def _read_tables(path: Path) -> dict[str, _Table]:
+    """All tables of a file, in one pass."""
+    tables: dict[str, _Table] = {}
+    for kind, block, text in star_lines(path):
+        if kind == "other":
+            continue
+        if kind == "block":
+            if block in tables:
+                raise InputError(f"{path}: two tables are called data_{block}; rename or join them")
+            tables[block] = _Table(path, block)
+        elif block not in tables:
+            raise InputError(f"{path}: '{text[:40]}' stands before any table (data_...); write the file again")
+        else:
+            tables[block].add_line(kind, text)
+    for table in tables.values():
+        table.flush()
+    return tables
+
+
+def _particle_table(path: Path, tables: dict[str, _Table]) -> _Table:
+    candidates = [table for table in tables.values() if IMAGE in table.columns]
+    if not candidates:
+        raise InputError(f"{path}: no table has a column {IMAGE}; give a STAR file of particles")
+    if len(candidates) > 1:
+        names = ", ".join(table.name for table in candidates)
+        raise InputError(f"{path}: tables {names} all have {IMAGE}; keep one of them")
+    if not candidates[0].n_rows:
+        raise InputError(
+            f"{path}: the particle table data_{candidates[0].name} has no rows; give at least one particle"
+        )
+    return candidates[0]
+
+
+class _Columns:
+    """Numeric columns of the particle table, looked up in the optics table where they are not in it."""
+
+    def __init__(self, path: Path, particles: _Table, optics: _Table | None) -> None:
+        self.path = path
+        self.particles = particles
+        self.optics = optics
+        self._optics_row = self._match_optics_groups()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.particles.numbers or (self.optics is not None and name in self.optics.numbers)
+
+    def required(self, name: str) -> FloatColumn:
+        if name not in self:
+            raise InputError(f"{self.path}: column {name} is missing; add it, its value is never assumed")
+        if name in self.particles.numbers:
+            return self._values(self.particles, name, "particle")
+        assert self.optics is not None
+        return self._values(self.optics, name, "optics")[self._optics_row]
+
+    def positive(self, name: str) -> FloatColumn:
+        values = self.required(name)
+        bad = np.flatnonzero(values <= 0)
+        if len(bad):
+            raise InputError(
+                f"{self.path}: {name} of particle row {bad[0] + 1} is {values[bad[0]]:g}; it must be positive"
+            )
+        return values
+
+    def optional(self, name: str, default: float) -> FloatColumn:
+        return self.required(name) if name in self else np.full(self.particles.n_rows, default)
+
+    def ignored(self) -> tuple[str, ...]:
+        """One line for each kind of aberration that some particle has."""
+        tables = [self.particles] if self.optics is None else [self.particles, self.optics]
+        found = {ABERRATIONS[name][0]: name for table in tables for name in sorted(table.aberrant)}
+        return tuple(f"{kind} ({name}) is not applied" for kind, name in found.items())
+
+    def _values(self, table: _Table, name: str, kind: str) -> FloatColumn:
+        column = table.numbers[name]
+        if column.bad is not None:
+            row, word = column.bad
+            raise InputError(f"{self.path}: {name} of {kind} row {row + 1} is '{word}'; a finite number is needed")
+        return column.values
+
+    def _match_optics_groups(self) -> NDArray[np.int64]:
+        """Row of the optics table for each particle."""
+        name = "rlnOpticsGroup"
+        if self.optics is None:
+            return np.zeros(0, dtype=np.int64)
+        if name not in self.optics.numbers or name not in self.particles.numbers:
+            raise InputError(f"{self.path}: {name} is missing from data_optics or the particle table; add it")
+        groups = self._values(self.optics, name, "optics")
+        wanted = self._values(self.particles, name, "particle")
+        order = np.argsort(groups, kind="stable")
+        if len(np.unique(groups)) < len(groups):
+            raise InputError(f"{self.path}: data_optics lists an {name} twice; number the groups apart")
+        position = np.searchsorted(groups, wanted, sorter=order).clip(max=len(groups) - 1)
+        rows = order[position] if len(groups) else np.zeros(len(wanted), dtype=np.int64)
+        bad = np.flatnonzero(groups[rows] != wanted) if len(groups) else np.arange(len(wanted))
+        if len(bad):
+            raise InputError(
+                f"{self.path}: particle row {bad[0] + 1} is in optics group {wanted[bad[0]]:g}, "
+                "which data_optics does not list; add the group"
+            )
+        return rows
+
+
+def _pixel_size(columns: _Columns) -> FloatColumn:
+    for name in PIXEL_SIZES:
+        if name in columns:
+            return columns.positive(name)
+    if all(name in columns for name in DETECTOR):
+        # micrometres on the detector * 1e4 = angstroms on the detector; / magnification = on the specimen
+        return columns.positive(DETECTOR[0]) * 1e4 / columns.positive(DETECTOR[1])
+    raise InputError(
+        f"{columns.path}: the pixel size is missing; add rlnImagePixelSize (RELION 3.1), "
+        "or rlnDetectorPixelSize and rlnMagnification (3.0)"
+    )
+
+
+def _poses(columns: _Columns, pixel_size: FloatColumn) -> PoseColumns | None:
+    if not all(name in columns for name in ANGLES):
+        return None
+    origins = []
+    for axis in "XY":
+        if f"rlnOrigin{axis}Angst" in columns:
+            origins.append(columns.required(f"rlnOrigin{axis}Angst"))
+        else:
+            # RELION 3.0 stores origins in pixels, and leaves them out where they are zero.
+            origins.append(columns.optional(f"rlnOrigin{axis}", 0.0) * pixel_size)
+    angles = [columns.required(name) for name in ANGLES]
+    return PoseColumns(np.stack(angles, axis=1), np.stack(origins, axis=1))

@@ -1,0 +1,106 @@
+"""The particle table: what every particle file comes down to, whatever program wrote it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["FloatColumn", "ImageReferences", "ParticleTable", "PoseColumns", "StarLayout"]
+
+FloatColumn = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageReferences:
+    """Where each particle's image is: ``names[stack[i]]``, image ``index[i]``, counted from 0."""
+
+    names: tuple[str, ...]
+    stack: NDArray[np.int32]
+    index: NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class PoseColumns:
+    """RELION angles (N, 3), ordered (rot, tilt, psi), in degrees; origins (N, 2), (x, y), in Å."""
+
+    angles_in_degrees: FloatColumn
+    origins_in_angstroms: FloatColumn
+
+
+@dataclass(frozen=True)
+class StarLayout:
+    """Where in a STAR file the particles stand, for writing it again.
+
+    Attributes
+    ----------
+    path
+        The file, or a copy of it.
+    fingerprint
+        Of the file when it was read, by :func:`~cryoai.formats.files.file_fingerprint`.
+    block
+        Name of the table of particles.
+    columns
+        Of that table, in their order.
+    has_optics
+        Whether there is a table of optics groups, which makes it a file of RELION 3.1 or later.
+    """
+
+    path: Path
+    fingerprint: tuple[int, int]
+    block: str
+    columns: tuple[str, ...]
+    has_optics: bool
+
+
+@dataclass(frozen=True, eq=False)
+class ParticleTable:
+    """The particles of a file, in its order, in RELION's conventions and units.
+
+    Attributes
+    ----------
+    path
+        The file, as the user gave it.
+    rows : (N,)
+        Row of each particle in the file, counted from 0.
+    poses
+        None where the file has none.
+    star
+        For a STAR file: all that is needed to write it again with nothing lost.
+    ignored
+        Of what the file says about the images and is left out of the calculation: one line each.
+    """
+
+    path: Path
+    rows: NDArray[np.int64]
+    images: ImageReferences
+    pixel_size_in_angstroms: FloatColumn
+    voltage_in_kilovolts: FloatColumn
+    spherical_aberration_in_mm: FloatColumn
+    amplitude_contrast: FloatColumn
+    defocus_u_in_angstroms: FloatColumn
+    defocus_v_in_angstroms: FloatColumn
+    defocus_angle_in_degrees: FloatColumn
+    phase_shift_in_degrees: FloatColumn
+    b_factor_in_square_angstroms: FloatColumn
+    poses: PoseColumns | None
+    star: StarLayout | None
+    ignored: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, rows: NDArray[np.int64]) -> ParticleTable:
+        """The table of some rows, in that order."""
+        chosen = {
+            item.name: getattr(self, item.name)[rows]
+            for item in fields(self)
+            if isinstance(getattr(self, item.name), np.ndarray)
+        }
+        images = ImageReferences(self.images.names, self.images.stack[rows], self.images.index[rows])
+        poses = self.poses
+        if poses is not None:
+            poses = PoseColumns(poses.angles_in_degrees[rows], poses.origins_in_angstroms[rows])
+        return replace(self, images=images, poses=poses, **chosen)
