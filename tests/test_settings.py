@@ -43,6 +43,7 @@ def toml(path, values):
         ({"amortized": {"symmetrization": "quarter-turn"}}, "amortized.symmetrization"),
         ({"amortized": {"volume": "gaussians"}}, "amortized.volume"),
         ({"amortized": {"wake_interval": 0}}, "amortized.wake_interval"),
+        ({"amortized": {"n_starts": 0}}, "amortized.n_starts"),
         ({"amortized": {"first_radius": -1}}, "amortized.first_radius"),
         ({"amortized": {"max_radius": 10, "first_radius": 11}}, "amortized.first_radius"),
         ({"amortized": {"wake_batch_size": 1}}, "amortized.wake_batch_size"),
@@ -116,6 +117,7 @@ def test_the_preset_of_the_paper_is_the_published_method_with_turns_in_the_plane
     assert (a.encoder, a.n_hypotheses, a.symmetrization) == ("polar", 16, "none")
     assert (a.volume, a.volume_width, a.sleep_batch_size, a.wake_batch_size) == ("fouriernet", 256, 0, 64)
     assert a.first_radius < a.max_radius
+    assert a.n_starts > 1
 
 
 def test_a_flag_wins_over_the_file_and_the_file_over_the_preset(tmp_path):

@@ -14,34 +14,25 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from cryoai.bootstrap import BootstrapSchedule, Reference
-from cryoai.encoder import EncoderArchitecture
+from cryoai.bootstrap import Reference
 from cryoai.errors import InputError
 from cryoai.formats.files import atomic_path
 from cryoai.hardware import choose_device
-from cryoai.inference import TrainedEncoder, encoder_inputs
-from cryoai.model import CryoAI
+from cryoai.inference import TrainedEncoder
 from cryoai.noise import NoiseSpectrum, fit_z_scores
 from cryoai.particle_stack import ParticleStack
 from cryoai.particles import PreparedParticles, prepare_particles
 from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.reconstruction import HalfMaps
 from cryoai.runs import RunFolder, finite_or_none
-from cryoai.search import TrialPoses
+from cryoai.training.building import build_completion, build_stage, encoder_architecture, stage_names
 from cryoai.training.monitor import Monitor
-from cryoai.training.settings import AmortizedSettings, Settings
+from cryoai.training.settings import Settings
 from cryoai.training.stages import (
     AGREEMENT_OF_EQUAL_MAPS,
-    Amortized,
-    Bootstrap,
-    Completion,
     Estimate,
-    Placement,
-    Refinement,
     Stage,
-    trial_poses,
 )
-from cryoai.volumes import AbstractVolume, FourierNetVolume, VoxelVolume
 
 __all__ = ["PoseSources", "Reconstruction", "reconstruct"]
 
@@ -145,11 +136,11 @@ def _run(stack: ParticleStack, folder: RunFolder, settings: Settings, box: int, 
     with Monitor(folder) as monitor:
         particles = _prepare(stack, kept, folder, settings, box, device, monitor)
         estimate = Estimate()
-        for name in _plan(settings):
-            stage = _build(name, particles, estimate, half_set[kept], settings, generator)
+        for name in stage_names(settings):
+            stage = build_stage(name, particles, estimate, half_set[kept], settings, generator)
             estimate = _carry_out(stage, monitor)
         if len(kept) < stack.n_particles:
-            completion = _build_completion(stack, kept, particles, estimate, half_set, settings, folder)
+            completion = build_completion(stack, kept, particles, estimate, half_set, settings, folder)
             estimate = _carry_out(completion, monitor)
         result = _conclude(particles, estimate, half_set, settings, folder)
         _write(result, stack, particles, estimate, half_set, monitor)
@@ -199,12 +190,6 @@ def _kept_particles(n_particles: int, at_most: int, generator: torch.Generator) 
     return torch.randperm(n_particles, generator=generator)[:at_most].sort().values
 
 
-def _plan(settings: Settings) -> list[str]:
-    """The stages to run: those chosen, and Placement before poses are refined or written."""
-    names: list[str] = [name for name in settings.stages if name != "refinement"]
-    return [*names, "placement", *settings.stages[len(names) :]]
-
-
 def _prepare(
     stack: ParticleStack,
     kept: Tensor,
@@ -232,127 +217,6 @@ def _prepare(
         f"({how}; z = {sign.z_score:.1f})"
     )
     return particles
-
-
-def _build(
-    name: str,
-    particles: PreparedParticles,
-    estimate: Estimate,
-    half_set: Tensor,
-    settings: Settings,
-    generator: torch.Generator,
-) -> Stage:
-    """The stage called ``name``, with the settings spelled out as arguments."""
-    schedule = _schedule(particles, settings)
-    if name == "bootstrap":
-        return Bootstrap(
-            particles,
-            schedule,
-            n_starts=settings.bootstrap.n_starts,
-            max_starts=settings.bootstrap.max_starts,
-            max_images=settings.bootstrap.max_images,
-            generator=generator,
-        )
-    if name == "amortized":
-        return _build_amortized(particles, estimate, settings, generator)
-    if name == "placement":
-        trials = _placement_trials(particles, settings)
-        return Placement(particles, estimate, half_set, trials, n_iterations=settings.placement.n_iterations)
-    return Refinement(
-        particles,
-        estimate,
-        half_set,
-        max_rounds=settings.refinement.max_rounds,
-        n_iterations=settings.refinement.n_iterations,
-    )
-
-
-def _schedule(particles: PreparedParticles, settings: Settings) -> BootstrapSchedule:
-    return BootstrapSchedule(
-        n_steps=settings.bootstrap.n_steps,
-        batch_size=settings.bootstrap.batch_size,
-        last_radius=min(settings.bootstrap.last_radius, particles.disc.max_radius),
-        n_rotations=settings.bootstrap.n_rotations,
-    )
-
-
-def _placement_trials(particles: PreparedParticles, settings: Settings) -> TrialPoses | None:
-    """Poses to search where there was a search from the start; else the encoder stands alone."""
-    if "bootstrap" not in settings.stages:
-        return None
-    return trial_poses(particles, _schedule(particles, settings), settings.placement.n_rotations)
-
-
-def _build_completion(
-    stack: ParticleStack,
-    kept: Tensor,
-    particles: PreparedParticles,
-    estimate: Estimate,
-    half_set: Tensor,
-    settings: Settings,
-    folder: RunFolder,
-) -> Completion:
-    return Completion(
-        stack,
-        kept,
-        particles,
-        estimate,
-        half_set,
-        _placement_trials(particles, settings),
-        folder.prepared_block,
-        n_placement_iterations=settings.placement.n_iterations,
-        # Without Refinement no pose is refined against a half map, here neither.
-        n_iterations=settings.refinement.n_iterations if "refinement" in settings.stages else 0,
-    )
-
-
-def _build_amortized(
-    particles: PreparedParticles, estimate: Estimate, settings: Settings, generator: torch.Generator
-) -> Amortized:
-    chosen = settings.amortized
-    small = particles.cropped(chosen.box)
-    imaging = small.imaging(chosen.max_radius)
-    extent = small.n_pixels * small.pixel_size_in_angstroms
-    # Weights are drawn from the global generator: seed it, and leave it as it was.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        encoder = _architecture(small, chosen).build(small.disc, chosen.max_radius)
-        volume = _build_volume(small, chosen)
-    return Amortized(
-        small,
-        estimate,
-        CryoAI(encoder, volume, imaging, encoder_inputs[chosen.encoder_input]).to(particles.disc.device),
-        n_steps=chosen.n_steps,
-        n_fit_steps=chosen.n_fit_steps,
-        wake_batch_size=chosen.wake_batch_size,
-        sleep_batch_size=chosen.sleep_batch_size,
-        wake_interval=chosen.wake_interval,
-        first_radius=chosen.first_radius or chosen.max_radius,
-        learning_rate=chosen.learning_rate,
-        volume_learning_rate=chosen.volume_learning_rate,
-        shift_std_in_angstroms=chosen.shift_std_in_boxes * extent,
-        generator=generator,
-    )
-
-
-def _architecture(particles: PreparedParticles, chosen: AmortizedSettings) -> EncoderArchitecture:
-    extent = particles.n_pixels * particles.pixel_size_in_angstroms
-    return EncoderArchitecture(
-        kind=chosen.encoder,
-        n_hypotheses=chosen.n_hypotheses,
-        width=chosen.encoder_width,
-        max_shift_in_angstroms=chosen.max_shift_in_boxes * extent,
-        symmetrization=chosen.symmetrization,
-    )
-
-
-def _build_volume(particles: PreparedParticles, chosen: AmortizedSettings) -> AbstractVolume:
-    n = particles.n_pixels
-    pilot = particles.batch(torch.arange(min(1000, particles.n_particles)), chosen.max_radius).coefficients
-    scale = float(pilot.abs().square().mean().sqrt())
-    if chosen.volume == "voxels":
-        return VoxelVolume(1e-3 * scale * torch.randn(n, n, n), sampling_oversampling=chosen.volume_oversampling)
-    return FourierNetVolume(n, width=chosen.volume_width, scale=scale, sampling_oversampling=chosen.volume_oversampling)
 
 
 # ------------------------------------------------------------------------------ results
@@ -416,6 +280,7 @@ def _write(
             "half_map_agreement_in_angstroms": finite_or_none(result.half_map_agreement_in_angstroms),
             "halves_are_independent": result.halves_are_independent,
             "start_agreement": result.start_agreement,
+            "start_losses": [round(loss, 4) for loss in estimate.start_losses],
             "contrast": asdict(particles.contrast),
             "pose_sources": asdict(result.sources),
             "seconds_per_stage": monitor.seconds_per_stage,
@@ -445,7 +310,7 @@ def _trained_encoder(
     fit = fit_z_scores(batch.coefficients, predicted, noise.precision(imaging))
     centre = fit.median()
     return TrainedEncoder(
-        architecture=_architecture(small, chosen),
+        architecture=encoder_architecture(small, chosen),
         input=chosen.encoder_input,
         weights=model.encoder.state_dict(),
         n_pixels=small.n_pixels,

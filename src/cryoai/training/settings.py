@@ -76,6 +76,8 @@ class AmortizedSettings(_Frozen):
     """Units of the layers of FourierNet; 256 as published."""
     volume_oversampling: Annotated[int, Field(ge=1, le=4)] = 1
     """Points per Fourier pixel of the lattice that slices of the volume are interpolated from."""
+    n_starts: Annotated[int, Field(ge=1, le=16)] = 1
+    """Independent starts; each gets a fifth of the steps, and the one that predicts the images best goes on."""
     n_steps: Positive = 3000
     """Optimizer steps."""
     wake_batch_size: Annotated[int, Field(ge=2)] = 32
@@ -201,6 +203,7 @@ _PRESETS: dict[Preset, dict[str, Any]] = {
             "wake_batch_size": 64,
             "wake_interval": 1,
             "first_radius": 4,
+            "n_starts": 4,
             "n_steps": 1500,
             "learning_rate": 3e-3,
             "volume_learning_rate": 3e-4,

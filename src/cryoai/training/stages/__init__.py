@@ -4,6 +4,7 @@ from cryoai.training.stages.amortized import Amortized
 from cryoai.training.stages.base import Estimate, Metrics, ParticlePoses, Stage
 from cryoai.training.stages.bootstrap import AGREEMENT_OF_EQUAL_MAPS, Bootstrap
 from cryoai.training.stages.completion import Completion
+from cryoai.training.stages.contest import Contest
 from cryoai.training.stages.placement import Placement, trial_poses
 from cryoai.training.stages.refinement import Refinement
 
@@ -12,6 +13,7 @@ __all__ = [
     "Amortized",
     "Bootstrap",
     "Completion",
+    "Contest",
     "Estimate",
     "Metrics",
     "ParticlePoses",

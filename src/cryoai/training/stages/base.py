@@ -70,10 +70,14 @@ class ParticlePoses:
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """What is known of the map and the poses; every stage adds to it."""
+    """What is known of the map and the poses; every stage adds to it.
+
+    ``start_losses`` are the wake losses of competing starts of Amortized at the end of their trials.
+    """
 
     reference: Reference | None = None
     start_agreement: float | None = None
+    start_losses: tuple[float, ...] = ()
     model: CryoAI | None = None
     particles: ParticlePoses | None = None
     half_sets: HalfSets | None = None
