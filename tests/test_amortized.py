@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from cryoai.bootstrap import Reference
+from cryoai.contrast import ContrastSign
 from cryoai.encoder import EncoderArchitecture
 from cryoai.errors import RunFailedError
 from cryoai.fourier import FourierDisc
 from cryoai.model import CryoAI, matched_filter, unfiltered
 from cryoai.noise import NoiseSpectrum
-from cryoai.particles import ContrastSign, PreparedParticles
+from cryoai.particles import PreparedParticles
 from cryoai.poses import Poses
 from cryoai.training.stages import Estimate
 from cryoai.training.stages.amortized import Amortized, AmortizedMetrics, parameter_groups
@@ -43,7 +44,9 @@ def stored(images, path):
     optics = make_optics(N, defocus_u_in_angstroms=torch.linspace(8000, 20000, N))
     if images is not None:
         torch.view_as_real(images).numpy().astype(np.float16).tofile(path)
-    return PreparedParticles(path, disc, optics, PIXEL, ContrastSign(1, 9.0), disc.n_coefficients())
+    return PreparedParticles(
+        path, disc, optics, PIXEL, ContrastSign(1, 9.0), disc.n_coefficients(), torch.arange(len(optics)), ()
+    )
 
 
 @pytest.fixture

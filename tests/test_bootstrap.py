@@ -12,9 +12,10 @@ from cryoai.bootstrap import (
     search_box,
     tempered_weights,
 )
+from cryoai.contrast import ContrastSign
 from cryoai.fourier import FourierDisc
 from cryoai.noise import NoiseSpectrum
-from cryoai.particles import ContrastSign, PreparedParticles
+from cryoai.particles import PreparedParticles
 from cryoai.poses import Poses
 from cryoai.search import Candidates
 from cryoai.volumes import SampledVolume
@@ -117,7 +118,9 @@ def test_a_step_of_the_search_leaves_the_map_positive_and_its_mass_at_the_centre
     image = disc.from_images(phantom.projection(n, torch.eye(3), (4.0, -3.0)).float())
     path = tmp_path / "particles"
     np.asarray(torch.view_as_real(image)[None].numpy(), dtype=np.float16).tofile(path)
-    particles = PreparedParticles(path, disc, make_optics(1), 3.0, ContrastSign(1, 9.0), disc.n_coefficients())
+    particles = PreparedParticles(
+        path, disc, make_optics(1), 3.0, ContrastSign(1, 9.0), disc.n_coefficients(), torch.arange(1), ()
+    )
     schedule = BootstrapSchedule(n_steps=2, batch_size=2, first_radius=4, last_radius=4, n_rotations=100)
     search = StochasticSearch(particles, torch.zeros(1, dtype=torch.long), schedule, torch.Generator().manual_seed(1))
     while not search.finished:

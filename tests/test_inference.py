@@ -19,7 +19,7 @@ from cryoai.inference import Confidence, PosePredictor, TrainedEncoder, infer_fi
 from cryoai.model import CryoAI, Placing
 from cryoai.noise import NoiseSpectrum
 from cryoai.particle_stack import ParticleStack
-from cryoai.particles import prepare_particles
+from cryoai.particles import Quarantine, prepare_particles
 from cryoai.pose_files import read_poses
 from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.runs import RunFolder
@@ -304,10 +304,10 @@ def test_the_poses_are_those_of_one_image_at_a_time(run, new, monkeypatch, n_ite
     predictor = PosePredictor.of_run(run, n_iterations=n_iterations, device=torch.device("cpu"))
     stack = ParticleStack.open(new)
     done = []
-    together = predictor.infer(stack, done.append)
+    together = predictor.infer(stack, progress=done.append)
     assert done == [N_NEW]
     monkeypatch.setattr("cryoai.inference._BATCH", 1)
-    alone = predictor.infer(stack, done.append)
+    alone = predictor.infer(stack, progress=done.append)
     assert done[1:] == list(range(1, N_NEW + 1))
     assert angular_distance_in_degrees(alone.poses.rotations, together.poses.rotations).max() < 0.1
     torch.testing.assert_close(
@@ -438,7 +438,7 @@ def test_a_wrong_call_is_refused_by_what_is_wrong_with_it(run, new, tmp_path, co
 def test_a_bad_image_is_named_and_nothing_is_written(run, tmp_path, complaint):
     star = write_particles(tmp_path)
     np.memmap(tmp_path / "images.mrcs", np.float32, "r+", offset=1024, shape=(3, 32, 32))[1] = 0.25
-    assert "the image of row 2, 2@" in complaint("infer", run.path, star, tmp_path / "out.star")
+    assert "too many images cannot be used: row 2 (2@" in complaint("infer", run.path, star, tmp_path / "out.star")
     assert files_in(tmp_path) == ["images.mrcs", "p.star"]
 
 
@@ -581,7 +581,8 @@ def test_refinement_brings_them_within_a_degree_or_two_and_raises_confidence(pra
 @torch.no_grad()
 @pytest.mark.parametrize("particles", ["test", "noise", "dark"])
 def test_refinement_hardly_ever_makes_a_pose_less_likely(practised, predictor, refining, particles):
-    batch = next(predictor._stream(stack_in(practised / particles)))
+    stack = stack_in(practised / particles)
+    batch = next(predictor._stream(stack, Quarantine(stack, 0)))
     imaging = predictor.model.imaging
 
     def squared_distance(poses):

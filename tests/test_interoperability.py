@@ -129,7 +129,7 @@ def test_a_map_from_half_the_hand_predicts_the_other_half():
     imaging = ImagingModel(disc, 1.0, disc.max_radius)
     one = torch.ones(len(images))
     # Pure amplitude contrast in focus: a CTF of 1.
-    optics = Optics(one, 300 * one, 0 * one, one, 0 * one, 0 * one, 0 * one, 0 * one, 0 * one)
+    optics = Optics(one, 300 * one, 0 * one, one, 0 * one, 0 * one, 0 * one, 0 * one, 0 * one, one)
 
     def correlation(rotations):
         poses = Poses(rotations, torch.zeros(len(images), 2))

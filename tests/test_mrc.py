@@ -108,11 +108,25 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     assert (tmp_path / "a.mrc").read_bytes() == before
 
 
-def test_a_truncated_file_is_refused_with_both_lengths(tmp_path):
+def test_of_a_stack_cut_short_the_whole_images_are_left(tmp_path):
     path = write_images(tmp_path / "a.mrcs", IMAGES)
     path.write_bytes(path.read_bytes()[:-4])
+    stack = open_stack(path)
+    assert (stack.n_images, stack.n_whole) == (len(IMAGES), len(IMAGES) - 1)
+    np.testing.assert_array_equal(stack.map_images(), IMAGES[:-1])
+
+
+def test_a_file_without_one_whole_image_is_refused_with_both_lengths(tmp_path):
+    path = write_images(tmp_path / "a.mrcs", IMAGES)
+    path.write_bytes(path.read_bytes()[: 1024 + 4 * IMAGES[0].size - 1])
     message = refusal(open_stack, path)
-    assert f"({1024 + 4 * IMAGES.size} bytes), the file has {1020 + 4 * IMAGES.size} bytes; it was cut" in message
+    assert f"({1024 + 4 * IMAGES.size} bytes), the file has {1023 + 4 * IMAGES[0].size} bytes; it was cut" in message
+
+
+def test_a_map_cut_short_is_refused(tmp_path):
+    write_map(tmp_path / "a.mrc", np.zeros((8, 8, 8), dtype=np.float32), 2.0)
+    (tmp_path / "a.mrc").write_bytes((tmp_path / "a.mrc").read_bytes()[:-4])
+    assert "it was cut short" in refusal(read_map, tmp_path / "a.mrc")
 
 
 @pytest.mark.parametrize("content", [b"", b"eight by", b"version https://git-lfs.github.com/spec/v1\n" * 3])
@@ -169,8 +183,8 @@ NO_STACKS = {
     "mrcfile_emd_3197.png.gz",
     "pytom_header_only.mrc",
     "sfftk_test_data_corrupt_header.map",
-    "truncated_drgnai_00256_Ribosomes_1.70A.mrcs",
 }
+CUT_SHORT = {"truncated_drgnai_00256_Ribosomes_1.70A.mrcs"}
 CUBES = {"mrcfile_EMD-3197.map", "sfftk_tiny1.map", "sfftk_tiny2.map", "sfftk_tiny3.map"}
 
 
@@ -179,7 +193,13 @@ def test_a_file_of_the_zoo_is_read_as_by_mrcfile_or_refused_in_one_line(path):
     if path.name in NO_STACKS:
         assert refusal(open_stack, path).startswith(f"{path}: ")
         return
-    images = open_stack(path).map_images()
+    stack = open_stack(path)
+    images = stack.map_images()
+    if path.name in CUT_SHORT:
+        content = np.frombuffer(path.read_bytes()[stack.data_offset_in_bytes :], dtype=stack.dtype)
+        np.testing.assert_array_equal(images.ravel(), content[: images.size])
+        assert stack.n_whole < stack.n_images
+        return
     with warnings.catch_warnings(action="ignore"), mrcfile.open(path, permissive=True) as file:
         np.testing.assert_array_equal(np.squeeze(images), np.squeeze(file.data))
 

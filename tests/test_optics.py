@@ -18,6 +18,7 @@ CHANGES = {
     "defocus_v_in_angstroms": 7000.0,
     "defocus_angle_in_degrees": -60.0,
     "phase_shift_in_degrees": 70.0,
+    "contrast_scale": 1.7,
     "b_factor_in_square_angstroms": 80.0,
 }
 

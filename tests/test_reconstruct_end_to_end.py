@@ -20,7 +20,7 @@ from cryoai.pose_files import read_poses
 from cryoai.simulation import protein_like_phantom, simulate
 from cryoai.training.loop import reconstruct
 from cryoai.training.settings import Settings
-from stacks import files_in, needs_relion, plain_parse, run_relion
+from stacks import files_in, needs_relion, plain_parse, refusal, run_relion
 
 pytestmark = pytest.mark.slow
 
@@ -148,6 +148,7 @@ def test_the_run_folder_holds_what_it_promises_and_no_scratch_file(result):
         "fsc.csv",
         "half_map_1.mrc",
         "half_map_2.mrc",
+        "input_particles.star",
         "log.txt",
         "map.mrc",
         "mask.mrc",
@@ -159,6 +160,43 @@ def test_the_run_folder_holds_what_it_promises_and_no_scratch_file(result):
         "volume.safetensors",
     ]
     assert list(result.run.tensorboard.iterdir())
+
+
+@pytest.mark.parametrize("max_particles", [50_000, 110])
+def test_images_without_use_are_set_aside_and_their_rows_kept(tmp_path, max_particles):
+    made = simulate(
+        protein_like_phantom(1), tmp_path, n_particles=200, n_pixels=32, pixel_size_in_angstroms=7.0, snr=1.0, seed=1
+    )
+    stack = tmp_path / "particles.mrcs"
+    stack.write_bytes(stack.read_bytes()[:-10])
+    images = np.memmap(stack, np.float32, "r+", offset=1024, shape=(199, 32, 32))
+    images[7, 3, 3], images[20, 0, 0], images[90] = np.nan, np.inf, 1.5
+    images.flush()
+    changes = {"max_particles": max_particles, "max_faulty_share": 0.03}
+    result = reconstruct(ParticleStack.open(made.particles), tmp_path / "run", settings(SMALLEST, **changes))
+    rows = {7, 20, 90, 199}
+    assert {fault.row for fault in result.faults} == rows
+    written, given = (plain_parse(path)["particles"] for path in (result.run.particles, made.particles))
+    assert written["rlnImageName"] == given["rlnImageName"]
+    assert [int(cell) for cell in written["cryoaiQuarantined"]] == [int(row in rows) for row in range(200)]
+    with result.run.quarantine.open(newline="") as file:
+        listed = list(csv.DictReader(file))
+    assert {int(row["row"]) - 1: row["reason"] for row in listed} == {f.row: f.reason for f in result.faults}
+    assert json.loads(result.run.summary.read_text())["n_quarantined"] == 4
+    sources = result.sources
+    assert sources.from_encoder + sources.from_search == 196
+    assert torch.equal(result.poses.shifts_in_angstroms[sorted(rows)], torch.zeros(4, 2))
+
+
+def test_too_many_images_without_use_stop_the_run_and_leave_nothing(tmp_path):
+    made = simulate(
+        protein_like_phantom(1), tmp_path, n_particles=60, n_pixels=32, pixel_size_in_angstroms=7.0, snr=1.0, seed=1
+    )
+    np.memmap(tmp_path / "particles.mrcs", np.float32, "r+", offset=1024, shape=(60, 32, 32))[[3, 9]] = 0.0
+    message = refusal(reconstruct, ParticleStack.open(made.particles), tmp_path / "run", settings(SMALLEST))
+    assert "row 4 (4@" in message
+    assert "row 10 (10@" in message
+    assert not (tmp_path / "run").exists()
 
 
 def test_maps_and_curve_on_disk_are_those_of_the_result(result):

@@ -6,11 +6,12 @@ import roma
 import torch
 
 from cryoai.bootstrap import BootstrapSchedule, Reference
+from cryoai.contrast import ContrastSign
 from cryoai.encoder import PolarEncoder
 from cryoai.fourier import FourierDisc
 from cryoai.model import CryoAI
 from cryoai.noise import NoiseSpectrum
-from cryoai.particles import ContrastSign, PreparedParticles
+from cryoai.particles import PreparedParticles
 from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.reconstruction import HalfSets
 from cryoai.simulation import protein_like_phantom, resample_map
@@ -66,7 +67,9 @@ def optics():
 
 
 def prepared(path, disc):
-    return PreparedParticles(path, disc, optics(), PIXEL, ContrastSign(1, 9.0), disc.n_coefficients())
+    return PreparedParticles(
+        path, disc, optics(), PIXEL, ContrastSign(1, 9.0), disc.n_coefficients(), torch.arange(len(optics())), ()
+    )
 
 
 def particles_of(images, path):

@@ -38,9 +38,9 @@ from cryoai.imaging import ImagingModel
 from cryoai.model import CryoAI, Placing, matched_filter, unfiltered
 from cryoai.noise import NoiseSpectrum
 from cryoai.optics import Optics
-from cryoai.particle_stack import ParticleStack
-from cryoai.particles import ParticleBatch, stream_particles
-from cryoai.poses import Poses, angular_distance_in_degrees
+from cryoai.particle_stack import Fault, ParticleStack
+from cryoai.particles import ParticleBatch, Quarantine, stream_particles
+from cryoai.poses import Poses, angular_distance_in_degrees, assign_poses, blank_poses
 from cryoai.runs import RunFolder
 from cryoai.search import Templates, search_poses
 from cryoai.volumes import SampledVolume, VoxelVolume
@@ -67,6 +67,8 @@ _MISFIT = -2.5
 # Of such a search, the best rotations that are judged beside the encoder's.
 _SEARCHED = 4
 _SURE, _FEW = 0.9, 0.05
+# Of images that cannot be used, the share that is tolerated, and how many are named.
+_MAX_FAULTY_SHARE, _NAMED = 0.02, 5
 # A box may be smaller than that of the run by the rounding of an even number of pixels.
 _ROUNDING_IN_PIXELS = 2.0
 
@@ -220,10 +222,14 @@ def _features(placing: Placing) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Inferred:
-    """Poses (N,) and the probability (N,) that each is within 10° of the right one."""
+    """Poses (N,) and the probability (N,) that each is within 10° of the right one.
+
+    Of the particles whose image could not be used (``faults``) both are zero.
+    """
 
     poses: Poses
     confidence: Tensor
+    faults: tuple[Fault, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,23 +287,33 @@ class PosePredictor:
             )
         return replace(placing, fit=(placing.fit - fit_centre) / fit_spread)
 
-    def infer(self, stack: ParticleStack, progress: Callable[[int], object] = lambda _n_done: None) -> Inferred:
+    def infer(
+        self,
+        stack: ParticleStack,
+        *,
+        max_faulty_share: float = 0.0,
+        progress: Callable[[int], object] = lambda _n_done: None,
+    ) -> Inferred:
         """Pose all particles of a stack.
 
         Raises
         ------
         InputError
-            If the pixels of the images are too coarse, their box is smaller than that of the run, or
-            an image is not finite or constant.
+            If the pixels of the images are too coarse, their box is smaller than that of the run, or more than
+            the given share of them is not finite or constant.
         """
-        parts = []
-        for batch in self._stream(stack):
+        cpu = torch.device("cpu")
+        poses, confidence = blank_poses(stack.n_particles, cpu), torch.zeros(stack.n_particles)
+        quarantine = Quarantine(stack, max_faulty_share)
+        for batch in self._stream(stack, quarantine):
             placing = self.place(batch)
-            parts.append(Inferred(placing.poses.to("cpu"), self.confidence(placing).cpu()))
-            progress(int(batch.indices[-1]) + 1)
-        return Inferred(Poses.cat([part.poses for part in parts]), torch.cat([part.confidence for part in parts]))
+            rows = batch.indices.cpu()
+            assign_poses(poses, rows, placing.poses.to(cpu))
+            confidence[rows] = self.confidence(placing).cpu()
+            progress(int(rows[-1]) + 1)
+        return Inferred(poses, confidence, tuple(quarantine.found))
 
-    def _stream(self, stack: ParticleStack) -> Iterator[ParticleBatch]:
+    def _stream(self, stack: ParticleStack, quarantine: Quarantine) -> Iterator[ParticleBatch]:
         trained = self.trained
         extent = trained.n_pixels * trained.pixel_size_in_angstroms
         pixel_size = stack.pixel_size_in_angstroms
@@ -318,6 +334,7 @@ class PosePredictor:
             extent_in_angstroms=extent,
             sign=trained.contrast_sign,
             batch_size=_BATCH,
+            quarantine=quarantine,
             device=self.model.imaging.disc.device,
         )
 
@@ -375,13 +392,20 @@ def infer_file(predictor: PosePredictor, source: Path, out: Path, *, data_dir: P
     stack = ParticleStack.open(source, data_dir=data_dir)
     with _progress_bar() as bar:
         task = bar.add_task(source.name, total=stack.n_particles)
-        found = predictor.infer(stack, lambda n_done: bar.update(task, completed=n_done))
-    stack.write(out, found.poses, {"rlnParticleFigureOfMerit": found.confidence.double().numpy()})
+        found = predictor.infer(
+            stack,
+            max_faulty_share=_MAX_FAULTY_SHARE,
+            progress=lambda n_done: bar.update(task, completed=n_done),
+        )
+    merit = {"rlnParticleFigureOfMerit": found.confidence.double().numpy()}
+    stack.write(out, found.poses, merit, found.faults)
     rate = stack.n_particles / (time.monotonic() - started)
     sure = float((found.confidence > _SURE).float().mean())
     line = f"{out}: {stack.n_particles:,} particles posed, {rate:,.0f} a second; {sure:.0%} with a confidence over 0.9"
     if sure < _FEW:
         line += " (few: are these particles of the run's molecule, and of its contrast?)"
+    if found.faults:
+        line += f"; {len(found.faults)} images set aside: " + "; ".join(map(str, found.faults[:_NAMED]))
     return line
 
 

@@ -32,6 +32,8 @@ class Optics:
         Of a phase plate; 0 without one.
     b_factor_in_square_angstroms
         Envelope ``exp(-B k^2 / 4)``; 0 for none.
+    contrast_scale
+        Strength of the signal over the noise, compared with other particles of the same stack.
     """
 
     pixel_size_in_angstroms: Tensor
@@ -43,6 +45,7 @@ class Optics:
     defocus_angle_in_degrees: Tensor
     phase_shift_in_degrees: Tensor
     b_factor_in_square_angstroms: Tensor
+    contrast_scale: Tensor
 
     def __len__(self) -> int:
         return self.pixel_size_in_angstroms.shape[0]
@@ -63,7 +66,7 @@ class Optics:
 def contrast_transfer_function(optics: Optics, disc: FourierDisc, max_radius: int | None = None) -> Tensor:
     """Contrast transfer function (N, p) at the coefficients of a disc, up to ``max_radius``.
 
-    ``CTF = (sqrt(1 - w^2) sin g + w cos g) exp(-B k^2 / 4)`` with
+    ``CTF = scale (sqrt(1 - w^2) sin g + w cos g) exp(-B k^2 / 4)`` with
     ``g = pi lambda df k^2 - pi/2 Cs lambda^3 k^4 + phase shift`` and
     ``df = (u + v) / 2 + (u - v) / 2 cos 2(theta - angle)``: RELION's sign, positive at low frequency
     for underfocus and bright protein. Computed by torch-ctf in single precision; within 3e-3 of the
@@ -72,7 +75,9 @@ def contrast_transfer_function(optics: Optics, disc: FourierDisc, max_radius: in
     Examples
     --------
     >>> one = torch.ones(1)
-    >>> optics = Optics(2 * one, 300 * one, 2.7 * one, 0.1 * one, 15e3 * one, 14e3 * one, 30 * one, 0 * one, 0 * one)
+    >>> optics = Optics(
+    ...     2 * one, 300 * one, 2.7 * one, 0.1 * one, 15e3 * one, 14e3 * one, 30 * one, 0 * one, 0 * one, one
+    ... )
     >>> disc = FourierDisc.of_box(64)
     >>> round(float(contrast_transfer_function(optics, disc)[0, 0]), 3)  # the amplitude contrast
     0.1
@@ -90,7 +95,7 @@ def contrast_transfer_function(optics: Optics, disc: FourierDisc, max_radius: in
     if bool((optics.b_factor_in_square_angstroms != 0).any()):
         k = disc.radii[: len(indices)] / (disc.n_pixels * optics.pixel_size_in_angstroms[:, None])
         result = result * torch.exp(-optics.b_factor_in_square_angstroms[:, None] / 4 * k**2)
-    return result
+    return result * optics.contrast_scale[:, None]
 
 
 def _groups_of_equal_microscope(optics: Optics) -> list[Tensor]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,21 +14,34 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cryoai.errors import InputError
+from cryoai.formats.files import file_fingerprint
 from cryoai.formats.mrc import MrcStack, open_stack
-from cryoai.formats.star import read_star, rewrite_star
+from cryoai.formats.star import read_star, rewrite_star, write_star
 from cryoai.formats.table import ParticleTable
 from cryoai.optics import Optics
 from cryoai.pose_files import pose_columns, poses_from_columns
 from cryoai.poses import Poses
 
-__all__ = ["ParticleStack"]
+__all__ = ["Fault", "ParticleStack"]
 
 _SMALLEST_BOX = 32
 _OPEN_FILES = 64
 
 
+@dataclass(frozen=True)
+class Fault:
+    """An image that cannot be used: its row in the particle file, counted from 0, its name, and why."""
+
+    row: int
+    image: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"row {self.row + 1} ({self.image}) {self.reason}"
+
+
 class ParticleStack:
-    """The particles of a STAR file; their images stay on disk until asked for.
+    """The particles of a file; their images stay on disk until asked for.
 
     Examples
     --------
@@ -44,15 +59,15 @@ class ParticleStack:
 
     @classmethod
     def open(cls, path: str | Path, *, data_dir: str | Path | None = None) -> ParticleStack:
-        """Open a RELION 3.0 or 3.1 STAR file and check that its images can be had.
+        """Open a particle file and check that its images can be had.
 
         Parameters
         ----------
         path
-            The STAR file. It needs the columns of the contrast transfer function and the pixel
+            The particle file. It needs the values of the contrast transfer function and the pixel
             size; poses are not needed.
         data_dir
-            Folder that the image paths are relative to; without it the folder of the STAR file,
+            Folder that the image paths are relative to; without it the folder of the particle file,
             its parents and the working folder are tried.
 
         Raises
@@ -71,20 +86,56 @@ class ParticleStack:
         chosen = indices.cpu().numpy()
         return ParticleStack(self.table.take(chosen), self._stacks)
 
+    def keep_table(self, copy: Path) -> ParticleStack:
+        """The same particles with a copy of their table, beside ``copy`` and with the suffix of the original.
+
+        It is what :meth:`write` goes by, so that the file itself may change or vanish.
+        """
+        suffix = self.table.path.suffix
+        if suffix.lower() not in (".star", ".cs"):
+            return self
+        target = copy.with_suffix(suffix)
+        shutil.copyfile(self.table.path, target)
+        if self.table.star is None:
+            return self
+        star = replace(self.table.star, path=target, fingerprint=file_fingerprint(target))
+        return ParticleStack(replace(self.table, star=star), self._stacks)
+
     @property
     def n_particles(self) -> int:
         return len(self.table)
 
     @property
+    def image_sizes(self) -> NDArray[np.int64]:
+        """Side (N,) of each particle's image in pixels."""
+        return np.array([stack.n_rows for stack in self._stacks])[self.table.images.stack]
+
+    @property
     def n_pixels(self) -> int:
-        """Side of the images in pixels."""
-        return self._stacks[0].n_rows
+        """Side of the images in pixels; where they differ, that of the largest optics group."""
+        return int(self._commonest_image()[1])
 
     @property
     def pixel_size_in_angstroms(self) -> float:
-        """The most common pixel size, which is that of the maps made from the stack."""
-        values, counts = np.unique(self.table.pixel_size_in_angstroms, return_counts=True)
-        return float(values[counts.argmax()])
+        """Pixel size of the images, which is that of the maps made from them; of the largest optics group."""
+        return float(self._commonest_image()[0])
+
+    @property
+    def optics_group(self) -> Tensor:
+        """Number (N,) of the microscope and kind of image of each particle, counted from 0."""
+        table = self.table
+        kinds = (
+            table.voltage_in_kilovolts,
+            table.spherical_aberration_in_mm,
+            table.amplitude_contrast,
+            table.pixel_size_in_angstroms,
+            self.image_sizes,
+        )
+        group = np.zeros(len(table), dtype=np.int64)
+        for values in kinds:
+            # One column after the other, so that no table of all of them is made.
+            group = np.unique(group * len(table) + np.unique(values, return_inverse=True)[1], return_inverse=True)[1]
+        return torch.from_numpy(group)
 
     @property
     def optics(self) -> Optics:
@@ -100,6 +151,7 @@ class ParticleStack:
             table.defocus_angle_in_degrees,
             table.phase_shift_in_degrees,
             table.b_factor_in_square_angstroms,
+            np.ones(len(table)),
         )
         return Optics(*(torch.from_numpy(column).float() for column in columns))
 
@@ -114,24 +166,62 @@ class ParticleStack:
         Raises
         ------
         InputError
-            If an image holds a value that is not finite.
+            If an image holds a value that is not finite, or was cut off.
         """
+        images = self.stored_images(indices)
+        finite = images.isfinite().all(dim=2).all(dim=1)
+        if not bool(finite.all()):
+            first = int(finite.long().argmin())
+            raise InputError(f"{self.table.path}: {self.fault(int(indices[first]), images[first])}; remove the row")
+        return images
+
+    def stored_images(self, indices: Tensor) -> Tensor:
+        """Images (B, n, n) of one size as they are in the file; NaN where the stack was cut off before them."""
         references = self.table.images
         wanted = indices.cpu().numpy()
-        result = np.empty((len(wanted), self.n_pixels, self.n_pixels), dtype=np.float32)
-        stack_of = references.stack[wanted]
+        stack_of, place = references.stack[wanted], references.index[wanted]
+        n = self._stacks[stack_of[0]].n_rows
+        result = np.full((len(wanted), n, n), np.nan, dtype=np.float32)
         for stack in np.unique(stack_of):
-            here = np.flatnonzero(stack_of == stack)
-            result[here] = self._map(int(stack))[references.index[wanted[here]]]
-        finite = np.isfinite(result).all(axis=(1, 2))
-        if not finite.all():
-            raise InputError(f"{self._name_image(wanted[~finite][0])} has values that are not finite; remove the row")
+            here = np.flatnonzero((stack_of == stack) & (place < self._stacks[stack].n_whole))
+            result[here] = self._map(int(stack))[place[here]]
         return torch.from_numpy(result)
 
-    def write(self, path: Path, poses: Poses, extra: Mapping[str, NDArray[np.generic]]) -> None:
-        """Write the input again with these poses and extra columns, every row in its place."""
-        assert self.table.star is not None
-        rewrite_star(path, self.table, self.table.star, pose_columns(poses), extra)
+    def fault(self, index: int, image: Tensor) -> Fault:
+        """What is wrong with the image (n, n) of a particle that cannot be used."""
+        references = self.table.images
+        stack = self._stacks[references.stack[index]]
+        number = int(references.index[index])
+        reason = "has a constant background: masked images cannot be normalised"
+        if number >= stack.n_whole:
+            reason = "is missing: the stack was cut short"
+        elif not bool(image.isfinite().all()):
+            reason = "has values that are not finite"
+        elif bool((image == image[0, 0]).all()):
+            reason = "is constant"
+        return Fault(int(self.table.rows[index]), f"{number + 1}@{stack.path}", reason)
+
+    def _commonest_image(self) -> NDArray[np.float64]:
+        """Pixel size and side of the images of the largest number of particles."""
+        kinds = np.stack([self.table.pixel_size_in_angstroms, self.image_sizes], axis=1)
+        values, counts = np.unique(kinds, axis=0, return_counts=True)
+        return np.asarray(values[counts.argmax()])
+
+    def write(
+        self, path: Path, poses: Poses, extra: Mapping[str, NDArray[np.generic]], faults: Sequence[Fault] = ()
+    ) -> None:
+        """Write the input as a STAR file with these poses and extra columns, every row in its place.
+
+        Where there are ``faults``, a column ``cryoaiQuarantined`` is 1 for the particles concerned.
+        """
+        columns = dict(extra)
+        if faults:
+            aside = np.isin(self.table.rows, [fault.row for fault in faults])
+            columns["cryoaiQuarantined"] = aside.astype(np.int64)
+        if self.table.star is None:
+            write_star(path, self.table, self.image_sizes, pose_columns(poses), columns)
+        else:
+            rewrite_star(path, self.table, self.table.star, pose_columns(poses), columns)
 
     def _map(self, stack: int) -> np.memmap:
         """Memory map of a stack, keeping the most recent ones open."""
@@ -141,11 +231,6 @@ class ParticleStack:
             self._open[stack] = self._stacks[stack].map_images()
         self._open.move_to_end(stack)
         return self._open[stack]
-
-    def _name_image(self, row: int) -> str:
-        references = self.table.images
-        stack = self._stacks[references.stack[row]].path
-        return f"{self.table.path}: the image of row {self.table.rows[row] + 1}, {references.index[row] + 1}@{stack},"
 
 
 def _image_roots(star: Path, data_dir: Path | None) -> list[Path]:
@@ -170,21 +255,16 @@ def _find_stack(name: str, roots: list[Path], star: Path) -> Path:
 
 
 def _check_stacks(table: ParticleTable, stacks: tuple[MrcStack, ...]) -> None:
-    box = stacks[0].n_rows
     for stack in stacks:
-        if stack.n_rows != stack.n_columns:
-            raise InputError(f"{stack.path}: images of {stack.n_columns} x {stack.n_rows} pixels; crop them square")
-        if stack.n_rows != box:
+        n = stack.n_rows
+        if stack.n_columns != n:
+            raise InputError(f"{stack.path}: images of {stack.n_columns} x {n} pixels; crop them square")
+        if n % 2:
+            raise InputError(f"{stack.path}: odd box of {n} pixels; an even box is needed: crop or pad by a pixel")
+        if n < _SMALLEST_BOX:
             raise InputError(
-                f"{stack.path}: box of {stack.n_rows} pixels, but {stacks[0].path} has {box}; "
-                "one box size is needed: rescale one of them"
+                f"{stack.path}: box of {n} pixels; at least {_SMALLEST_BOX} are needed: extract with a larger box"
             )
-    if box % 2:
-        raise InputError(f"{stacks[0].path}: odd box of {box} pixels; an even box is needed: crop or pad by a pixel")
-    if box < _SMALLEST_BOX:
-        raise InputError(
-            f"{stacks[0].path}: box of {box} pixels; at least {_SMALLEST_BOX} are needed: extract with a larger box"
-        )
     counts = np.array([stack.n_images for stack in stacks])
     beyond = np.flatnonzero(table.images.index >= counts[table.images.stack])
     if len(beyond):

@@ -11,17 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cryoai.contrast import ContrastSign, PowerOfGroups, correlate_with_blob, decide_sign
 from cryoai.errors import InputError
 from cryoai.fourier import FourierDisc
 from cryoai.imaging import ImagingModel
 from cryoai.noise import NoiseSpectrum
-from cryoai.optics import Optics, contrast_transfer_function
-from cryoai.particle_stack import ParticleStack
+from cryoai.optics import Optics
+from cryoai.particle_stack import Fault, ParticleStack
 
 __all__ = [
-    "ContrastSign",
     "ParticleBatch",
     "PreparedParticles",
+    "Quarantine",
     "prepare_particles",
     "stream_particles",
 ]
@@ -30,6 +31,10 @@ _CHUNK = 256
 _PILOT = 2000
 # Outside this fraction of half the box an image is taken to show no particle.
 _BACKGROUND_RADIUS = 0.9
+# A box that is off by so many pixels is the box of the images.
+_SAME_BOX = 0.05
+# Of images that cannot be used, so many are named where they are too many.
+_NAMED = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,24 +65,19 @@ class ParticleBatch:
         return ParticleBatch(self.indices.to(device), self.coefficients.to(device), self.optics.to(device))
 
 
-@dataclass(frozen=True)
-class ContrastSign:
-    """Whether protein is bright (+1) or dark (-1) in the images, and how sure the data are.
-
-    ``z_score`` is the mean correlation of the images with a blob seen through their CTF, in
-    standard errors; it is positive where protein is bright.
-    """
-
-    sign: int
-    z_score: float
-
-
 @dataclass(frozen=True, eq=False)
 class PreparedParticles:
     """Normalised particles at the working box: a file of coefficients, sorted by radius.
 
     A band-limited batch reads the beginning of each row only. Memory does not grow with the number
     of particles, beyond their optics.
+
+    Attributes
+    ----------
+    stack_rows : (N,)
+        Rows of the particles in the stack that they were made from.
+    faults
+        The images of the stack that could not be used.
     """
 
     path: Path
@@ -86,6 +86,8 @@ class PreparedParticles:
     pixel_size_in_angstroms: float
     contrast: ContrastSign
     n_stored: int
+    stack_rows: Tensor
+    faults: tuple[Fault, ...]
 
     @property
     def n_particles(self) -> int:
@@ -135,14 +137,16 @@ def prepare_particles(
     path: Path,
     *,
     sign: int | None = None,
+    max_faulty_share: float = 0.0,
     device: torch.device | str = "cpu",
     progress: Callable[[int], object] = lambda _n_done: None,
 ) -> PreparedParticles:
     """Normalise, Fourier-crop and store all particles, in chunks and in one pass.
 
     Every image has the mean of its background subtracted and is divided by the standard deviation
-    of its background, the area outside 0.9 of the inscribed circle. Images whose pixel size differs
-    from the most common one are first cropped or padded to the same physical extent.
+    of its background, the area outside 0.9 of the inscribed circle. Images of another pixel size or box than the
+    most common one are transformed at the same frequencies per Å, exactly, and the strength of the signal in each
+    optics group is measured.
 
     Parameters
     ----------
@@ -152,34 +156,51 @@ def prepare_particles(
         File to write: half-precision coefficients, 4 bytes each.
     sign
         +1 where protein is bright, -1 where it is dark, None to decide it from the data.
+    max_faulty_share
+        Of the images, so many may be missing, not finite or constant; they are left out.
     progress
         Called with the number of particles done.
 
     Raises
     ------
     InputError
-        If an image is not finite or constant.
+        If more images than that cannot be used.
     """
     disc = FourierDisc.of_box(n_pixels, device=device)
     extent = stack.pixel_size_in_angstroms * stack.n_pixels
-    optics, extents = _common_extent(stack, n_pixels, extent)
+    optics, boxes = _common_extent(stack, n_pixels, extent)
     shape = (stack.n_particles, disc.n_coefficients(), 2)
     rows = np.memmap(path, dtype=np.float16, mode="w+", shape=shape)
-    blob_correlations = []
+    power = PowerOfGroups(stack.optics_group, disc)
+    blob_correlations, usable, faults = [], [], Quarantine(stack, max_faulty_share)
+    n_done = 0
     for indices in torch.arange(stack.n_particles).split(_CHUNK):
-        coefficients = _normalised_coefficients(stack, indices, extents, disc)
-        blob_correlations.append(_correlate_with_blob(coefficients, optics[indices].to(device), disc))
+        part = faults.sift(_normalised_coefficients(stack, indices, boxes, disc))
+        here = optics[part.indices].to(device)
+        blob_correlations.append(correlate_with_blob(part.coefficients, here, disc))
+        power.add(part.indices, part.coefficients, here)
         limit = float(np.finfo(np.float16).max)
-        halves = torch.view_as_real(coefficients).clamp(-limit, limit).half()
-        rows[indices[0] : indices[-1] + 1] = halves.cpu().numpy()
+        halves = torch.view_as_real(part.coefficients).clamp(-limit, limit).half()
+        rows[n_done : n_done + len(part.indices)] = halves.cpu().numpy()
+        usable.append(part.indices)
+        n_done += len(part.indices)
         progress(int(indices[-1]) + 1)
-    contrast = _decide_sign(torch.cat(blob_correlations), sign)
+    contrast = decide_sign(torch.cat(blob_correlations), sign)
     if contrast.sign < 0:
-        for start in range(0, len(rows), _CHUNK):
+        for start in range(0, n_done, _CHUNK):
             rows[start : start + _CHUNK] *= -1
     rows.flush()
-    pixel_size = stack.pixel_size_in_angstroms * stack.n_pixels / n_pixels
-    return PreparedParticles(path, disc, optics, pixel_size, contrast, disc.n_coefficients())
+    stack_rows = torch.cat(usable)
+    return PreparedParticles(
+        path,
+        disc,
+        replace(optics, contrast_scale=power.scales())[stack_rows],
+        extent / n_pixels,
+        contrast,
+        disc.n_coefficients(),
+        stack_rows,
+        tuple(faults.found),
+    )
 
 
 def stream_particles(
@@ -189,59 +210,135 @@ def stream_particles(
     extent_in_angstroms: float,
     sign: int,
     batch_size: int,
+    quarantine: Quarantine,
     device: torch.device | str = "cpu",
 ) -> Iterator[ParticleBatch]:
-    """All particles in their order, normalised at a working box of this extent; read once and not stored.
+    """All usable particles in their order, normalised at a working box of this extent; read once and not stored.
 
-    Normalised like :func:`prepare_particles`, with the sign of the contrast given.
+    Normalised like :func:`prepare_particles`, with the sign of the contrast given. Images that cannot be used are
+    noted in ``quarantine``.
 
     Raises
     ------
     InputError
-        If the pixels of a particle are too coarse for the working box, or an image is not finite or constant.
+        If the pixels of a particle are too coarse for the working box, or too many images cannot be used.
     """
     disc = FourierDisc.of_box(n_pixels, device=device)
     optics, boxes = _common_extent(stack, n_pixels, extent_in_angstroms)
     for indices in torch.arange(stack.n_particles).split(batch_size):
-        coefficients = sign * _normalised_coefficients(stack, indices, boxes, disc)
-        yield ParticleBatch(indices.to(device), coefficients, optics[indices].to(device))
+        part = quarantine.sift(_normalised_coefficients(stack, indices, boxes, disc))
+        if len(part.indices):
+            yield ParticleBatch(part.indices.to(device), sign * part.coefficients, optics[part.indices].to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class _Normalised:
+    """Coefficients (B, P) of the particles ``indices`` (B,) of a stack, and the images among them without use."""
+
+    indices: Tensor
+    coefficients: Tensor
+    faults: tuple[Fault, ...]
+    usable: Tensor
+
+
+class Quarantine:
+    """Sets aside the images that cannot be used, and stops where they are too many.
+
+    Attributes
+    ----------
+    found
+        What was set aside so far, in the order of the stack.
+    """
+
+    def __init__(self, stack: ParticleStack, max_faulty_share: float) -> None:
+        self._path = stack.table.path
+        self._n_particles = stack.n_particles
+        self._most = max_faulty_share * stack.n_particles
+        self.found: list[Fault] = []
+
+    def sift(self, part: _Normalised) -> _Normalised:
+        """The usable ones of some images.
+
+        Raises
+        ------
+        InputError
+            If all that were found are more than the share that is allowed.
+        """
+        self.found += part.faults
+        if len(self.found) > self._most:
+            some = "; ".join(map(str, self.found[:_NAMED]))
+            more = "" if len(self.found) <= _NAMED else f"; and {len(self.found) - _NAMED} more so far"
+            raise InputError(
+                f"{self._path}: too many images cannot be used: {some}{more}; {self._most / self._n_particles:.1%} "
+                f"of {self._n_particles} are tolerated: remove the rows, or see cryoai check"
+            )
+        if not part.faults:
+            return part
+        device = part.coefficients.device
+        return _Normalised(
+            part.indices[part.usable], part.coefficients[part.usable.to(device)], (), part.usable[part.usable]
+        )
 
 
 def _common_extent(stack: ParticleStack, n_pixels: int, extent_in_angstroms: float) -> tuple[Optics, Tensor]:
-    """Optics at the working box, and the box (N,) that gives each particle the common extent."""
+    """Optics at the working box, and the pixels (N,), not always a whole number, in the common extent."""
     optics = stack.optics
-    extent = extent_in_angstroms
-    # Even boxes, like the images, so that the centre n // 2 stays where it is.
-    boxes = 2 * (extent / optics.pixel_size_in_angstroms / 2).round().long()
-    unchanged = (boxes - stack.n_pixels).abs() < 2
-    boxes = torch.where(unchanged, stack.n_pixels, boxes)
-    if int(boxes.min()) < n_pixels:
+    sizes = torch.from_numpy(stack.image_sizes).double()
+    boxes = extent_in_angstroms / torch.from_numpy(stack.table.pixel_size_in_angstroms)
+    boxes = torch.where((boxes - sizes).abs() < _SAME_BOX, sizes, boxes)
+    if float(boxes.min()) < n_pixels - _SAME_BOX:
         row = int(boxes.argmin())
         pixel_size = float(optics.pixel_size_in_angstroms[row])
         raise InputError(
             f"{stack.table.path}: particle row {stack.table.rows[row] + 1} has pixels of {pixel_size:g} Å, "
-            f"too coarse for {n_pixels} pixels in {extent:.0f} Å; give finer images or a working box (--box) "
-            f"of {int(boxes.min())} or fewer pixels"
+            f"too coarse for {n_pixels} pixels in {extent_in_angstroms:.0f} Å; give finer images or a working box "
+            f"(--box) of {2 * int(boxes.min() / 2)} or fewer pixels"
         )
-    return optics.at_box(boxes, n_pixels), boxes
+    return optics.at_box(boxes.float(), n_pixels), boxes
 
 
-def _normalised_coefficients(stack: ParticleStack, indices: Tensor, boxes: Tensor, disc: FourierDisc) -> Tensor:
-    images = stack.images(indices).to(disc.device)
-    n = stack.n_pixels
-    offset = torch.arange(n, device=disc.device) - n // 2
+def _normalised_coefficients(stack: ParticleStack, indices: Tensor, boxes: Tensor, disc: FourierDisc) -> _Normalised:
+    result = torch.zeros((len(indices), disc.n_coefficients()), dtype=torch.complex64, device=disc.device)
+    usable = torch.zeros(len(indices), dtype=torch.bool)
+    faults = []
+    kinds = torch.stack([torch.from_numpy(stack.image_sizes[indices.numpy()]).double(), boxes[indices]], dim=1)
+    for size, box in kinds.unique(dim=0).tolist():
+        members = ((kinds[:, 0] == size) & (kinds[:, 1] == box)).nonzero().flatten()
+        images = stack.stored_images(indices[members])
+        normalised, fine = _normalised(images.to(disc.device))
+        result[members.to(disc.device)] = _transformed(normalised, box, disc)
+        usable[members] = fine.cpu()
+        faults += [stack.fault(int(indices[members[i]]), images[i]) for i in (~fine.cpu()).nonzero().flatten().tolist()]
+    return _Normalised(indices, result, tuple(sorted(faults, key=lambda fault: fault.row)), usable)
+
+
+def _normalised(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Images (B, n, n) with a background of mean 0 and variance 1, and which (B,) of them have one."""
+    n = images.shape[-1]
+    offset = torch.arange(n, device=images.device) - n // 2
     background = offset[:, None] ** 2 + offset**2 > (_BACKGROUND_RADIUS * n / 2) ** 2
-    outside = images[:, background]
-    deviation, mean = torch.std_mean(outside, dim=1)
-    if bool((deviation <= 0).any()):
-        row = int(indices[int((deviation <= 0).nonzero()[0])])
-        raise InputError(f"{stack._name_image(row)} is constant; remove the row")
-    images = (images - mean[:, None, None]) / deviation[:, None, None]
-    result = torch.empty((len(indices), disc.n_coefficients()), dtype=torch.complex64, device=disc.device)
-    for box in boxes[indices].unique().tolist():
-        members = (boxes[indices] == box).nonzero().flatten().to(disc.device)
-        result[members] = disc.from_images(_window(images[members], box))
-    return result
+    deviation, mean = torch.std_mean(images[:, background], dim=1)
+    usable = (deviation > 0) & images.isfinite().all(dim=2).all(dim=1)
+    result = (images - mean[:, None, None]) / deviation[:, None, None]
+    return torch.where(usable[:, None, None], result, 0.0), usable
+
+
+def _transformed(images: Tensor, box: float, disc: FourierDisc) -> Tensor:
+    """Coefficients (B, P) of images (B, n, n) cropped or padded to ``box`` pixels; white noise keeps its variance."""
+    n = images.shape[-1]
+    kept = min(n, 2 * int(box / 2))
+    if box == 2 * round(box / 2):
+        return disc.from_images(_window(images, int(box))) * (box / kept)
+    images = _window(images, kept)
+    offset = torch.arange(kept, device=images.device) - kept // 2
+    indices = disc.indices
+    radius = int(indices.abs().max())
+    k = torch.arange(-radius, radius + 1, device=images.device)
+    # cycles per box * pixels / pixels per box = cycles
+    angle = -2 * math.pi * k[:, None].double() * offset / box
+    waves = torch.complex(angle.cos(), angle.sin()).to(torch.complex64)
+    spectrum = waves @ images.to(torch.complex64) @ waves[radius:].T
+    return spectrum[:, indices[:, 1] + radius, indices[:, 0]] / kept
 
 
 def _window(images: Tensor, n_pixels: int) -> Tensor:
@@ -249,23 +346,3 @@ def _window(images: Tensor, n_pixels: int) -> Tensor:
     before = n_pixels // 2 - images.shape[-1] // 2
     after = n_pixels - images.shape[-1] - before
     return torch.nn.functional.pad(images, (before, after, before, after))
-
-
-def _correlate_with_blob(coefficients: Tensor, optics: Optics, disc: FourierDisc) -> Tensor:
-    """Correlation (B,) of each image with a centred ball seen through its CTF."""
-    radius = 8  # the shells in which a ball of half the box differs from noise
-    p = disc.n_coefficients(radius)
-    ctf = contrast_transfer_function(optics, disc, radius)
-    # Gaussian of standard deviation n / 7, the size of a large particle in its box: of such a one the
-    # transform is negative from two Fourier pixels on, where a smaller blob would look for it.
-    blob = torch.exp(-2 * (math.pi * disc.radii[:p] / 7) ** 2)
-    power = (coefficients[:, :p].abs() ** 2).mean(0)
-    return (coefficients[:, :p].real * ctf * blob / power).sum(1)
-
-
-def _decide_sign(correlations: Tensor, sign: int | None) -> ContrastSign:
-    deviation, mean = torch.std_mean(correlations)
-    z_score = float(mean / (deviation / math.sqrt(len(correlations))).clamp_min(1e-12))
-    if sign is None:
-        sign = -1 if z_score < 0 else 1
-    return ContrastSign(sign, z_score)

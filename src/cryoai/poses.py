@@ -22,12 +22,15 @@ __all__ = [
     "Hypotheses",
     "Poses",
     "angular_distance_in_degrees",
+    "assign_poses",
+    "blank_poses",
     "half_turn",
     "rotation_grid",
     "rotations_about_z",
     "rotations_from_euler_angles",
     "rotations_from_s2s2",
     "rotations_to_euler_angles",
+    "selected_poses",
 ]
 
 
@@ -161,3 +164,21 @@ def rotation_grid(n_rotations: int, *, device: torch.device | str = "cpu") -> Te
         [inner * alpha.sin(), inner * alpha.cos(), outer * beta.sin(), outer * beta.cos()], dim=-1
     )
     return roma.unitquat_to_rotmat(quaternions).float()
+
+
+def blank_poses(n_particles: int, device: torch.device) -> Poses:
+    """A table of poses (N,) to be filled: no rotation, no shift."""
+    identity = torch.eye(3, device=device).expand(n_particles, 3, 3).clone()
+    return Poses(identity, torch.zeros(n_particles, 2, device=device))
+
+
+def selected_poses(poses: Poses, rows: Tensor) -> Poses:
+    """Rows (B,) of a table (N,), wherever each of them is."""
+    return poses[rows.to(poses.rotations.device)]
+
+
+def assign_poses(table: Poses, rows: Tensor, poses: Poses) -> None:
+    """Write poses (B,) into rows of a table (N,), in place."""
+    index = rows.to(table.rotations.device)
+    table.rotations[index] = poses.rotations
+    table.shifts_in_angstroms[index] = poses.shifts_in_angstroms

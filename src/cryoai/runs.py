@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from torch import Tensor
 from cryoai.errors import InputError
 from cryoai.formats.files import atomic_path, make_empty_folder
 from cryoai.formats.mrc import write_map
+from cryoai.particle_stack import Fault
 
 __all__ = ["RunFolder", "finite_or_none"]
 
@@ -111,6 +115,11 @@ class RunFolder:
         return self.path / "particles.star"
 
     @property
+    def input_particles(self) -> Path:
+        """Copy of the particle file, with its own suffix."""
+        return self.path / "input_particles"
+
+    @property
     def encoder_particles(self) -> Path:
         """The encoder's own poses, before any refinement."""
         return self.path / "encoder_particles.star"
@@ -131,6 +140,11 @@ class RunFolder:
     def evaluation(self) -> Path:
         return self.path / "evaluation.json"
 
+    @property
+    def quarantine(self) -> Path:
+        """The images that could not be used, if there were any."""
+        return self.path / "quarantine.csv"
+
     def write_text(self, path: Path, text: str) -> None:
         with atomic_path(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -146,6 +160,14 @@ class RunFolder:
         extent = 2 * (len(fsc) - 1) * pixel_size_in_angstroms
         rows = [f"{s},{extent / s if s else float('inf'):.4f},{value:.6f}" for s, value in enumerate(fsc.tolist())]
         self.write_text(self.fsc, "\n".join(["shell,period_in_angstroms,fsc", *rows]) + "\n")
+
+    def write_quarantine(self, faults: Sequence[Fault]) -> None:
+        """Columns: row in the particle file, counted from 1, image, reason."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["row", "image", "reason"])
+        writer.writerows([fault.row + 1, fault.image, fault.reason] for fault in faults)
+        self.write_text(self.quarantine, text.getvalue())
 
     def discard(self) -> None:
         """Remove the folder and all that the run wrote."""

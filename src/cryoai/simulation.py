@@ -66,6 +66,7 @@ class Microscope:
             defocus_angle_in_degrees=angle,
             phase_shift_in_degrees=constant * 0,
             b_factor_in_square_angstroms=constant * 0,
+            contrast_scale=constant,
         )
 
 
@@ -259,6 +260,7 @@ def _project(source: MrcMap, poses: Poses, optics: Optics, disc: FourierDisc) ->
 
 def _particle_table(path: Path, stack_name: str, optics: Optics) -> ParticleTable:
     n = len(optics)
-    columns = {item.name: getattr(optics, item.name).double().numpy() for item in fields(optics)}
+    names = {item.name for item in fields(ParticleTable)}
+    columns = {name: getattr(optics, name).double().numpy() for name in vars(optics) if name in names}
     images = ImageReferences((stack_name,), np.zeros(n, dtype=np.int32), np.arange(n, dtype=np.int32))
     return ParticleTable(path=path, rows=np.arange(n), images=images, poses=None, star=None, ignored=(), **columns)

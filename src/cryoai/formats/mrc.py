@@ -21,23 +21,27 @@ _HEADER_BYTES = 1024
 
 @dataclass(frozen=True)
 class MrcStack:
-    """A stack on disk: its header is read, its pixels are mapped when asked for."""
+    """A stack on disk: its header is read, its pixels are mapped when asked for.
+
+    Of the ``n_images`` that the header announces the first ``n_whole`` are there: a stack may have been cut short.
+    """
 
     path: Path
     n_images: int
+    n_whole: int
     n_rows: int
     n_columns: int
     dtype: np.dtype[np.generic]
     data_offset_in_bytes: int
 
     def map_images(self) -> np.memmap:
-        """Memory map (n_images, n_rows, n_columns) in the type of the file."""
+        """Memory map (n_whole, n_rows, n_columns) in the type of the file."""
         return np.memmap(
             self.path,
             dtype=self.dtype,
             mode="r",
             offset=self.data_offset_in_bytes,
-            shape=(self.n_images, self.n_rows, self.n_columns),
+            shape=(self.n_whole, self.n_rows, self.n_columns),
         )
 
 
@@ -55,19 +59,25 @@ def open_stack(path: Path) -> MrcStack:
     Raises
     ------
     InputError
-        If the file is no MRC file, is shorter than its header says, or holds complex values.
+        If the file is no MRC file, holds not even one whole image, or complex values.
     """
     header, dtype = _read_header(path)
     offset = _HEADER_BYTES + int(header.nsymbt)
-    stack = MrcStack(path, int(header.nz), int(header.ny), int(header.nx), dtype, offset)
-    needed = offset + stack.n_images * stack.n_rows * stack.n_columns * dtype.itemsize
-    found = path.stat().st_size
-    if found < needed:
-        raise InputError(
-            f"{path}: the header announces {stack.n_images} images of {stack.n_columns} x {stack.n_rows} pixels "
-            f"({needed} bytes), the file has {found} bytes; it was cut short: copy it again"
-        )
+    n_images, n_rows, n_columns = int(header.nz), int(header.ny), int(header.nx)
+    n_whole = min(n_images, (path.stat().st_size - offset) // (n_rows * n_columns * dtype.itemsize))
+    stack = MrcStack(path, n_images, max(0, n_whole), n_rows, n_columns, dtype, offset)
+    if n_whole < 1:
+        raise InputError(_cut_short(stack))
     return stack
+
+
+def _cut_short(stack: MrcStack) -> str:
+    image = stack.n_columns * stack.n_rows * stack.dtype.itemsize
+    return (
+        f"{stack.path}: the header announces {stack.n_images} images of {stack.n_columns} x {stack.n_rows} pixels "
+        f"({stack.data_offset_in_bytes + stack.n_images * image} bytes), the file has {stack.path.stat().st_size} "
+        "bytes; it was cut short: copy it again"
+    )
 
 
 def _read_header(path: Path) -> tuple[np.recarray, np.dtype[np.generic]]:
@@ -113,6 +123,8 @@ def read_map(path: Path) -> MrcMap:
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a map in MRC format")
     stack = open_stack(path)
+    if stack.n_whole < stack.n_images:
+        raise InputError(_cut_short(stack))
     header, _ = _read_header(path)
     n = stack.n_columns
     if not stack.n_images == stack.n_rows == n:

@@ -89,7 +89,7 @@ def _placement_trials(particles: PreparedParticles, settings: Settings) -> Trial
 
 def build_completion(
     stack: ParticleStack,
-    kept: Tensor,
+    left: Tensor,
     particles: PreparedParticles,
     estimate: Estimate,
     half_set: Tensor,
@@ -99,7 +99,7 @@ def build_completion(
     """The stage that poses the particles that were left out at first."""
     return Completion(
         stack,
-        kept,
+        left,
         particles,
         estimate,
         half_set,

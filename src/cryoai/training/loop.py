@@ -5,7 +5,8 @@ from __future__ import annotations
 import platform
 import resource
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from cryoai.formats.files import atomic_path
 from cryoai.hardware import choose_device
 from cryoai.inference import TrainedEncoder
 from cryoai.noise import NoiseSpectrum, fit_z_scores
-from cryoai.particle_stack import ParticleStack
+from cryoai.particle_stack import Fault, ParticleStack
 from cryoai.particles import PreparedParticles, prepare_particles
 from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.reconstruction import HalfMaps
@@ -41,6 +42,8 @@ _FEWEST_PARTICLES = 20
 _SIGNS = {"auto": None, "bright": 1, "dark": -1}
 _MOVED_IN_DEGREES = 1.0
 _SAMPLE = 1000
+# Of images that are set aside, so many are named on the screen.
+_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ class Reconstruction:
     start_agreement
         Share of held-out particles that the two best agreeing starts of Bootstrap pose alike; None
         if there was only one.
+    faults
+        Images that could not be used; their particles have a pose of zeros and are flagged in ``particles.star``.
     """
 
     map: Tensor
@@ -89,6 +94,7 @@ class Reconstruction:
     halves_are_independent: bool
     start_agreement: float | None
     sources: PoseSources
+    faults: tuple[Fault, ...]
     run: RunFolder
 
     @property
@@ -131,18 +137,26 @@ def reconstruct(particles: ParticleStack, run: str | Path, settings: Settings | 
 def _run(stack: ParticleStack, folder: RunFolder, settings: Settings, box: int, device: torch.device) -> Reconstruction:
     generator = torch.Generator().manual_seed(settings.seed)
     half_set = _random_halves(stack.n_particles, generator)
-    kept = _kept_particles(stack.n_particles, settings.max_particles, generator)
+    chosen = _chosen_particles(stack.n_particles, settings.max_particles, generator)
     folder.write_text(folder.settings, settings.to_toml())
+    # The run's own copy of the table is what is written again at the end, whatever becomes of the file.
+    stack = stack.keep_table(folder.input_particles)
     with Monitor(folder) as monitor:
-        particles = _prepare(stack, kept, folder, settings, box, device, monitor)
+        particles = _prepare(stack, chosen, folder, settings, box, device, monitor)
+        kept, faults = chosen[particles.stack_rows], list(particles.faults)
         estimate = Estimate()
         for name in stage_names(settings):
             stage = build_stage(name, particles, estimate, half_set[kept], settings, generator)
             estimate = _carry_out(stage, monitor)
-        if len(kept) < stack.n_particles:
-            completion = build_completion(stack, kept, particles, estimate, half_set, settings, folder)
+        assert estimate.particles is not None
+        estimate = replace(estimate, particles=estimate.particles.among(kept, stack.n_particles))
+        left = _rest(stack.n_particles, chosen)
+        if len(left):
+            completion = build_completion(stack, left, particles, estimate, half_set, settings, folder)
             estimate = _carry_out(completion, monitor)
-        result = _conclude(particles, estimate, half_set, settings, folder)
+            faults += completion.faults
+            _say_faults(completion.faults, folder, monitor)
+        result = _conclude(particles, estimate, faults, settings, folder)
         _write(result, stack, particles, estimate, half_set, monitor)
         if estimate.model is not None:
             trained = _trained_encoder(estimate, particles, result.map, result.poses[kept], settings)
@@ -183,16 +197,23 @@ def _random_halves(n_particles: int, generator: torch.Generator) -> Tensor:
     return half_set
 
 
-def _kept_particles(n_particles: int, at_most: int, generator: torch.Generator) -> Tensor:
+def _chosen_particles(n_particles: int, at_most: int, generator: torch.Generator) -> Tensor:
     """Rows that map and encoder are made from: all, or as many as allowed, drawn at random."""
     if n_particles <= at_most:
         return torch.arange(n_particles)
     return torch.randperm(n_particles, generator=generator)[:at_most].sort().values
 
 
+def _rest(n_particles: int, chosen: Tensor) -> Tensor:
+    """The rows that are not among the chosen ones."""
+    left = torch.ones(n_particles, dtype=torch.bool)
+    left[chosen] = False
+    return left.nonzero().flatten()
+
+
 def _prepare(
     stack: ParticleStack,
-    kept: Tensor,
+    chosen: Tensor,
     folder: RunFolder,
     settings: Settings,
     box: int,
@@ -201,29 +222,39 @@ def _prepare(
 ) -> PreparedParticles:
     monitor.begin("prepare")
     particles = prepare_particles(
-        stack.take(kept),
+        stack.take(chosen),
         box,
         folder.prepared_images,
         sign=_SIGNS[settings.contrast],
         device=device,
-        progress=lambda n_done: monitor.advance(n_done / len(kept)),
+        max_faulty_share=settings.max_faulty_share,
+        progress=lambda n_done: monitor.advance(n_done / len(chosen)),
     )
-    some = "" if len(kept) == stack.n_particles else f" of {stack.n_particles:,}"
+    n = particles.n_particles
+    some = "" if n == stack.n_particles else f" of {stack.n_particles:,}"
     sign = particles.contrast
     how = "detected" if settings.contrast == "auto" else "as stated"
     monitor.end(
-        f"{len(kept):,}{some} particles of {stack.n_pixels} px, working box {box} px of "
+        f"{n:,}{some} particles of {stack.n_pixels} px, working box {box} px of "
         f"{particles.pixel_size_in_angstroms:.2f} Å; protein is {'bright' if sign.sign > 0 else 'dark'} "
         f"({how}; z = {sign.z_score:.1f})"
     )
+    _say_faults(particles.faults, folder, monitor)
     return particles
+
+
+def _say_faults(faults: Sequence[Fault], folder: RunFolder, monitor: Monitor) -> None:
+    for fault in faults[:_NAMED]:
+        monitor.say(f"{'':<10} set aside: {fault}")
+    if len(faults) > _NAMED:
+        monitor.say(f"{'':<10} set aside: {len(faults) - _NAMED:,} more; see {folder.quarantine}")
 
 
 # ------------------------------------------------------------------------------ results
 
 
 def _conclude(
-    particles: PreparedParticles, estimate: Estimate, half_set: Tensor, settings: Settings, folder: RunFolder
+    particles: PreparedParticles, estimate: Estimate, faults: list[Fault], settings: Settings, folder: RunFolder
 ) -> Reconstruction:
     placed, half_sets = estimate.particles, estimate.half_sets
     assert placed is not None
@@ -241,11 +272,12 @@ def _conclude(
         start_agreement=estimate.start_agreement,
         sources=PoseSources(
             n_from_encoder,
-            len(half_set) - n_from_encoder,
+            len(placed.poses) - len(faults) - n_from_encoder,
             int(placed.searched.sum()),
             int(placed.sources_agree.sum()),
             int((moved > _MOVED_IN_DEGREES).sum()),
         ),
+        faults=tuple(faults),
         run=folder,
     )
 
@@ -265,15 +297,18 @@ def _write(
         run.write_map(path, density, pixel_size)
     run.write_map(run.mask, result.half_maps.mask, pixel_size)
     run.write_fsc(result.half_maps.fsc, pixel_size)
-    stack.write(run.particles, result.poses, subset)
+    stack.write(run.particles, result.poses, subset, result.faults)
     if estimate.particles is not None and estimate.particles.encoder is not None:
-        stack.write(run.encoder_particles, estimate.particles.encoder.to("cpu"), subset)
+        stack.write(run.encoder_particles, estimate.particles.encoder.to("cpu"), subset, result.faults)
+    if result.faults:
+        run.write_quarantine(result.faults)
     run.write_json(
         run.summary,
         {
             "cryoai": version("cryoai"),
             "particles": str(stack.table.path),
             "n_particles": stack.n_particles,
+            "n_quarantined": len(result.faults),
             "box_in_pixels": particles.n_pixels,
             "pixel_size_in_angstroms": pixel_size,
             "resolution_in_angstroms": finite_or_none(result.resolution_in_angstroms),

@@ -131,6 +131,8 @@ class Settings(_Frozen):
     """Where to compute; auto takes a CUDA device if there is one."""
     max_particles: Annotated[int, Field(ge=100)] = 50_000
     """Particles, drawn at random, that map and encoder are made from; the others are posed at the end, in one pass."""
+    max_faulty_share: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """Images that are missing, not finite or constant are set aside; if more than this share is, the run stops."""
     contrast: Literal["auto", "bright", "dark"] = "auto"
     """Whether protein is bright or dark in the images; auto decides it from them."""
     bootstrap: BootstrapSettings = BootstrapSettings()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cryoai.bootstrap import Reference
 from cryoai.model import CryoAI
-from cryoai.poses import Poses
+from cryoai.poses import Poses, assign_poses, blank_poses
 from cryoai.reconstruction import HalfSets
 
 __all__ = [
@@ -23,10 +23,8 @@ __all__ = [
     "Metrics",
     "ParticlePoses",
     "Stage",
-    "assign_poses",
-    "blank_poses",
     "chunks_of_halves",
-    "selected_poses",
+    "scatter",
 ]
 
 _CHUNK = 256
@@ -66,6 +64,16 @@ class ParticlePoses:
     sources_agree: Tensor
     encoder: Poses | None
     start: Poses
+
+    def among(self, rows: Tensor, n_particles: int) -> ParticlePoses:
+        """A table of ``n_particles`` with these in its ``rows``, and no answer for the others."""
+        device = self.poses.rotations.device
+        from_encoder, searched, agree = torch.zeros((3, n_particles), dtype=torch.bool, device=device)
+        encoder = None if self.encoder is None else blank_poses(n_particles, device)
+        poses, start = blank_poses(n_particles, device), blank_poses(n_particles, device)
+        table = ParticlePoses(poses, from_encoder, searched, agree, encoder, start)
+        scatter(table, self, rows)
+        return table
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,19 +120,12 @@ def chunks_of_halves(half_set: Tensor) -> list[Tensor]:
     return list(chunks())
 
 
-def blank_poses(n_particles: int, device: torch.device) -> Poses:
-    """A table of poses (N,) to be filled: no rotation, no shift."""
-    identity = torch.eye(3, device=device).expand(n_particles, 3, 3).clone()
-    return Poses(identity, torch.zeros(n_particles, 2, device=device))
-
-
-def selected_poses(poses: Poses, rows: Tensor) -> Poses:
-    """Rows (B,) of a table (N,), wherever each of them is."""
-    return poses[rows.to(poses.rotations.device)]
-
-
-def assign_poses(table: Poses, rows: Tensor, poses: Poses) -> None:
-    """Write poses (B,) into rows of a table (N,), in place."""
-    index = rows.to(table.rotations.device)
-    table.rotations[index] = poses.rotations
-    table.shifts_in_angstroms[index] = poses.shifts_in_angstroms
+def scatter(table: ParticlePoses, found: ParticlePoses, rows: Tensor) -> None:
+    """Write what was found for some particles into the table of all, in place."""
+    index = rows.to(table.from_encoder.device)
+    for name in ("from_encoder", "searched", "sources_agree"):
+        getattr(table, name)[index] = getattr(found, name)
+    assign_poses(table.poses, rows, found.poses)
+    assign_poses(table.start, rows, found.start)
+    if table.encoder is not None and found.encoder is not None:
+        assign_poses(table.encoder, rows, found.encoder)

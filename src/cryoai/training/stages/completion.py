@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cryoai.particle_stack import ParticleStack
+from cryoai.particle_stack import Fault, ParticleStack
 from cryoai.particles import PreparedParticles, prepare_particles
-from cryoai.poses import Poses
+from cryoai.poses import Poses, assign_poses, blank_poses
 from cryoai.reconstruction import HalfSets
 from cryoai.refinement import refine_coarse_to_fine
 from cryoai.search import TrialPoses
-from cryoai.training.stages.base import Estimate, ParticlePoses, assign_poses, blank_poses, chunks_of_halves
+from cryoai.training.stages.base import Estimate, chunks_of_halves, scatter
 from cryoai.training.stages.placement import Placement
 from cryoai.volumes import SampledVolume
 
@@ -44,11 +44,13 @@ class Completion:
     Parameters
     ----------
     estimate
-        Of the particles ``kept`` (K,), rows of the stack.
+        Of all particles of the stack; those that were left out have no poses yet.
+    left
+        (L,), rows of the stack of those.
     half_set : (N,) int
         Of all particles of the stack.
     trained
-        The particles of the rows ``kept``; says how the others are prepared.
+        The particles that were not left out; says how the others are prepared.
     scratch
         File for the images of a block.
     n_iterations
@@ -60,7 +62,7 @@ class Completion:
     def __init__(
         self,
         stack: ParticleStack,
-        kept: Tensor,
+        left: Tensor,
         trained: PreparedParticles,
         estimate: Estimate,
         half_set: Tensor,
@@ -88,11 +90,10 @@ class Completion:
             for density in self.half_sets.references(half_maps, self.band_limit)
         )
         self.reference = replace(estimate.reference, density=self.half_sets.combined(half_maps))
-        self.found = _scattered(estimate.particles, kept, stack.n_particles)
-        left = torch.ones(stack.n_particles, dtype=torch.bool)
-        left[kept] = False
-        self.blocks = left.nonzero().flatten().split(len(kept))
-        self.n_left, self.n_done = int(left.sum()), 0
+        self.found = estimate.particles
+        self.blocks = left.split(trained.n_particles)
+        self.n_left, self.n_done = len(left), 0
+        self.faults: list[Fault] = []
         self.work = self._work()
 
     @property
@@ -116,19 +117,27 @@ class Completion:
                 self.trained.n_pixels,
                 self.scratch,
                 sign=self.trained.contrast.sign,
+                # After all the work that is done, nothing stops the run: what cannot be used is noted.
+                max_faulty_share=1.0,
                 device=self.trained.disc.device,
             )
+            self.faults += block.faults
+            usable = rows[block.stack_rows]
+            if not len(usable):
+                self.n_done += len(rows)
+                yield CompletionMetrics(self.n_done)
+                continue
             start = Estimate(reference=self.reference, model=self.estimate.model)
             placement = Placement(
-                block, start, self.half_set[rows], self.trials, n_iterations=self.n_placement_iterations
+                block, start, self.half_set[usable], self.trials, n_iterations=self.n_placement_iterations
             )
             while not placement.finished:
                 placement.step()
                 yield CompletionMetrics(self.n_done)
             placed = placement.result().particles
             assert placed is not None
-            refined, sums = self._refined(block, placed.poses, self.half_set[rows])
-            _scatter(self.found, replace(placed, poses=refined), rows)
+            refined, sums = self._refined(block, placed.poses, self.half_set[usable])
+            scatter(self.found, replace(placed, poses=refined), usable)
             self.half_sets = self.half_sets + sums
             self.n_done += len(rows)
             yield CompletionMetrics(self.n_done)
@@ -147,25 +156,3 @@ class Completion:
             sums.sums[half].add(batch, refined, full, noise.precision(full))
             assign_poses(poses, rows, refined)
         return poses, sums
-
-
-def _scattered(found: ParticlePoses, rows: Tensor, n_particles: int) -> ParticlePoses:
-    """A table of all particles with what was found for some of them."""
-    device = found.poses.rotations.device
-    from_encoder, searched, agree = torch.zeros((3, n_particles), dtype=torch.bool, device=device)
-    encoder = None if found.encoder is None else blank_poses(n_particles, device)
-    poses, start = blank_poses(n_particles, device), blank_poses(n_particles, device)
-    table = ParticlePoses(poses, from_encoder, searched, agree, encoder, start)
-    _scatter(table, found, rows)
-    return table
-
-
-def _scatter(table: ParticlePoses, found: ParticlePoses, rows: Tensor) -> None:
-    """Write what was found for some particles into the table of all, in place."""
-    index = rows.to(table.from_encoder.device)
-    for name in ("from_encoder", "searched", "sources_agree"):
-        getattr(table, name)[index] = getattr(found, name)
-    assign_poses(table.poses, rows, found.poses)
-    assign_poses(table.start, rows, found.start)
-    if table.encoder is not None and found.encoder is not None:
-        assign_poses(table.encoder, rows, found.encoder)

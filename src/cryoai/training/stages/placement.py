@@ -11,11 +11,11 @@ from cryoai.bootstrap import BootstrapSchedule, Reference, search_box
 from cryoai.model import CryoAI
 from cryoai.noise import NoiseSpectrum, fit_z_scores
 from cryoai.particles import ParticleBatch, PreparedParticles
-from cryoai.poses import Poses, angular_distance_in_degrees
+from cryoai.poses import Poses, angular_distance_in_degrees, assign_poses, blank_poses
 from cryoai.reconstruction import HalfSets
 from cryoai.refinement import RefinedPoses, refine_coarse_to_fine
 from cryoai.search import Templates, TrialPoses, search_poses
-from cryoai.training.stages.base import Estimate, ParticlePoses, assign_poses, blank_poses, chunks_of_halves
+from cryoai.training.stages.base import Estimate, ParticlePoses, chunks_of_halves
 from cryoai.volumes import SampledVolume
 
 __all__ = ["Placement", "PlacementMetrics", "reliable_from", "trial_poses"]

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from cryoai.noise import NoiseSpectrum
 from cryoai.particles import PreparedParticles
-from cryoai.poses import Poses
+from cryoai.poses import Poses, assign_poses, selected_poses
 from cryoai.reconstruction import HalfSets
 from cryoai.refinement import refine_poses
-from cryoai.training.stages.base import Estimate, assign_poses, chunks_of_halves, selected_poses
+from cryoai.training.stages.base import Estimate, chunks_of_halves
 from cryoai.volumes import SampledVolume
 
 __all__ = ["Refinement", "RefinementMetrics"]
