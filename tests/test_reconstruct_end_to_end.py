@@ -20,7 +20,7 @@ from cryoai.pose_files import read_poses
 from cryoai.simulation import protein_like_phantom, simulate
 from cryoai.training.loop import reconstruct
 from cryoai.training.settings import Settings
-from stacks import files_in, needs_relion, plain_parse, refusal, run_relion
+from stacks import files_in, needs_relion, plain_parse, refusal, run_relion, write_star
 
 pytestmark = pytest.mark.slow
 
@@ -186,6 +186,25 @@ def test_images_without_use_are_set_aside_and_their_rows_kept(tmp_path, max_part
     sources = result.sources
     assert sources.from_encoder + sources.from_search == 196
     assert torch.equal(result.poses.shifts_in_angstroms[sorted(rows)], torch.zeros(4, 2))
+
+
+@pytest.mark.parametrize("max_particles", [50_000, 150])
+def test_the_order_of_the_rows_changes_nothing(tmp_path, max_particles):
+    made = simulate(
+        protein_like_phantom(1), tmp_path, n_particles=200, n_pixels=32, pixel_size_in_angstroms=7.0, snr=1.0, seed=1
+    )
+    table = plain_parse(made.particles)
+    order = np.random.default_rng(0).permutation(200)
+    shuffled = {name: [cells[i] for i in order] for name, cells in table["particles"].items()}
+    other = write_star(tmp_path / "shuffled.star", shuffled, table["optics"])
+    chosen = settings(SMALLEST, max_particles=max_particles)
+    first = reconstruct(ParticleStack.open(made.particles), tmp_path / "first", chosen)
+    second = reconstruct(ParticleStack.open(other), tmp_path / "second", chosen)
+    assert torch.equal(first.map, second.map)
+    assert torch.equal(first.poses.rotations[order], second.poses.rotations)
+    assert torch.equal(first.poses.shifts_in_angstroms[order], second.poses.shifts_in_angstroms)
+    halves = [plain_parse(result.run.particles)["particles"]["rlnRandomSubset"] for result in (first, second)]
+    assert [halves[0][i] for i in order] == halves[1]
 
 
 def test_too_many_images_without_use_stop_the_run_and_leave_nothing(tmp_path):

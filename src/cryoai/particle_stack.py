@@ -105,6 +105,14 @@ class ParticleStack:
     def n_particles(self) -> int:
         return len(self.table)
 
+    def order_of_images(self) -> Tensor:
+        """Rows (N,) in the order of the names and numbers of their images, which the order of the file leaves alone."""
+        images = self.table.images
+        names = sorted(range(len(images.names)), key=lambda i: (Path(images.names[i]).name, images.names[i]))
+        rank = np.empty(len(names), dtype=np.int64)
+        rank[names] = np.arange(len(names))
+        return torch.from_numpy(np.lexsort((images.index, rank[images.stack])))
+
     @property
     def image_sizes(self) -> NDArray[np.int64]:
         """Side (N,) of each particle's image in pixels."""

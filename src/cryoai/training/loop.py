@@ -136,8 +136,10 @@ def reconstruct(particles: ParticleStack, run: str | Path, settings: Settings | 
 
 def _run(stack: ParticleStack, folder: RunFolder, settings: Settings, box: int, device: torch.device) -> Reconstruction:
     generator = torch.Generator().manual_seed(settings.seed)
-    half_set = _random_halves(stack.n_particles, generator)
-    chosen = _chosen_particles(stack.n_particles, settings.max_particles, generator)
+    # All that is drawn is drawn for the images and not for the rows, so that the order of the rows changes nothing.
+    order = stack.order_of_images()
+    half_set = _random_halves(order, generator)
+    chosen = _chosen_particles(order, settings.max_particles, generator)
     folder.write_text(folder.settings, settings.to_toml())
     # The run's own copy of the table is what is written again at the end, whatever becomes of the file.
     stack = stack.keep_table(folder.input_particles)
@@ -150,7 +152,7 @@ def _run(stack: ParticleStack, folder: RunFolder, settings: Settings, box: int, 
             estimate = _carry_out(stage, monitor)
         assert estimate.particles is not None
         estimate = replace(estimate, particles=estimate.particles.among(kept, stack.n_particles))
-        left = _rest(stack.n_particles, chosen)
+        left = _rest(order, chosen)
         if len(left):
             completion = build_completion(stack, left, particles, estimate, half_set, settings, folder)
             estimate = _carry_out(completion, monitor)
@@ -190,25 +192,25 @@ def _working_box(particles: ParticleStack, settings: Settings) -> int:
     return box
 
 
-def _random_halves(n_particles: int, generator: torch.Generator) -> Tensor:
-    """Half set (N,), 0 or 1, of every particle: equal in number, drawn at random."""
-    half_set = torch.zeros(n_particles, dtype=torch.long)
-    half_set[torch.randperm(n_particles, generator=generator)[: n_particles // 2]] = 1
+def _random_halves(order: Tensor, generator: torch.Generator) -> Tensor:
+    """Half set (N,), 0 or 1, of every particle: equal in number, drawn at random along ``order`` (N,)."""
+    half_set = torch.zeros(len(order), dtype=torch.long)
+    half_set[order[torch.randperm(len(order), generator=generator)[: len(order) // 2]]] = 1
     return half_set
 
 
-def _chosen_particles(n_particles: int, at_most: int, generator: torch.Generator) -> Tensor:
-    """Rows that map and encoder are made from: all, or as many as allowed, drawn at random."""
-    if n_particles <= at_most:
-        return torch.arange(n_particles)
-    return torch.randperm(n_particles, generator=generator)[:at_most].sort().values
+def _chosen_particles(order: Tensor, at_most: int, generator: torch.Generator) -> Tensor:
+    """Rows that map and encoder are made from, as in ``order`` (N,): all, or as many as allowed, drawn at random."""
+    if len(order) <= at_most:
+        return order
+    return order[torch.randperm(len(order), generator=generator)[:at_most].sort().values]
 
 
-def _rest(n_particles: int, chosen: Tensor) -> Tensor:
-    """The rows that are not among the chosen ones."""
-    left = torch.ones(n_particles, dtype=torch.bool)
+def _rest(order: Tensor, chosen: Tensor) -> Tensor:
+    """The rows that are not among the chosen ones, as in ``order``."""
+    left = torch.ones(len(order), dtype=torch.bool)
     left[chosen] = False
-    return left.nonzero().flatten()
+    return order[left[order]]
 
 
 def _prepare(
@@ -277,7 +279,7 @@ def _conclude(
             int(placed.sources_agree.sum()),
             int((moved > _MOVED_IN_DEGREES).sum()),
         ),
-        faults=tuple(faults),
+        faults=tuple(sorted(faults, key=lambda fault: fault.row)),
         run=folder,
     )
 
