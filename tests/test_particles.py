@@ -1,3 +1,4 @@
+import resource
 import tracemalloc
 
 import mrcfile
@@ -79,6 +80,41 @@ def test_more_stacks_than_may_stay_open_are_read(tmp_path, monkeypatch):
     order = [3, 0, 5, 3, 1]
     np.testing.assert_array_equal(stack.images(torch.tensor(order)), NOISE[order])
     assert len(stack._open) == 2
+
+
+@pytest.fixture
+def at_most_256_open_files():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.usefixtures("at_most_256_open_files")
+def test_hundreds_of_small_stacks_are_read_with_few_files_open(tmp_path):
+    content = write_images(tmp_path / "0.mrcs", NOISE).read_bytes()
+    for i in range(1, 400):
+        (tmp_path / f"{i}.mrcs").write_bytes(content)
+    names = [f"{i % 6 + 1}@{i}.mrcs" for i in range(400)]
+    stack = ParticleStack.open(write_star(tmp_path / "p.star", particle_columns(400) | {"rlnImageName": names}))
+    np.testing.assert_array_equal(stack.images(torch.arange(400)), NOISE[np.arange(400) % 6])
+    assert prepare_particles(stack, BOX, tmp_path / "c.f16").n_particles == 400
+
+
+def test_a_stack_of_more_than_four_gigabytes_is_read_to_its_last_image(tmp_path):
+    n = 1_050_000
+    path = write_images(tmp_path / "images.mrcs", NOISE[:1])
+    with path.open("r+b") as raw:
+        raw.seek(8)  # the number of images
+        raw.write(n.to_bytes(4, "little"))
+        # What was never written takes no place on the disk.
+        raw.truncate(1024 + 4 * BOX * BOX * n)
+        raw.seek(1024 + 4 * BOX * BOX * (n - 1))
+        raw.write(NOISE[5].tobytes())
+    assert path.stat().st_size > 2**32
+    columns = particle_columns(2) | {"rlnImageName": ["1@images.mrcs", f"{n}@images.mrcs"]}
+    stack = ParticleStack.open(write_star(tmp_path / "p.star", columns))
+    np.testing.assert_array_equal(stack.images(torch.tensor([1, 0])), NOISE[[5, 0]])
 
 
 def test_a_single_image_without_a_number_is_a_stack_of_one(tmp_path):
