@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import starfile
 
-from cryoai.formats.star import read_star, rewrite_star
+from cryoai.formats.star import read_star, read_star_poses, rewrite_star
 from cryoai.formats.table import PoseColumns
 from stacks import OPTICS, SHARED, loop_text, needs_shared_data, particle_columns, plain_parse, refusal, write_star, zoo
 
@@ -302,3 +302,61 @@ def test_an_image_number_beyond_any_stack_is_refused(tmp_path):
     columns = particle_columns(2) | {"rlnImageName": ["1@a.mrcs", "99999999999999999999@a.mrcs"]}
     path = write_star(tmp_path / "p.star", columns)
     assert "rlnImageName of particle row 2 is '99999999999999999999@a.mrcs'" in refusal(read_star, path)
+
+
+def test_poses_alone_can_be_read_from_a_file_without_optics(tmp_path):
+    columns = without(particle_columns(3), "rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle", "rlnOpticsGroup")
+    angles = {"rlnAngleRot": [1, 2, 3], "rlnAngleTilt": [4, 5, 6], "rlnAnglePsi": [7, 8, 9]}
+    path = write_star(tmp_path / "p.star", columns | angles | {"rlnOriginXAngst": [1.5, 2, 3]}, None)
+    poses = read_star_poses(path)
+    np.testing.assert_array_equal(poses.angles_in_degrees, [[1, 4, 7], [2, 5, 8], [3, 6, 9]])
+    np.testing.assert_array_equal(poses.origins_in_angstroms, [[1.5, 0], [2, 0], [3, 0]])
+    in_pixels = write_star(tmp_path / "q.star", columns | angles | {"rlnOriginX": [1.5, 2, 3]}, None)
+    assert "the pixel size is missing" in refusal(read_star_poses, in_pixels)
+    assert read_star_poses(write_star(tmp_path / "r.star", columns, None)) is None
+
+
+def test_a_file_that_has_changed_since_it_was_read_is_not_written_again(tmp_path):
+    path = write_star(tmp_path / "p.star", particle_columns(3))
+    table = read_star(path)
+    path.write_text(path.read_text().replace("12000", "13000 "))
+    assert "it has changed since it was read" in refusal(
+        rewrite, tmp_path / "q.star", table, PoseColumns(ANGLES, ORIGINS), {}
+    )
+    assert not (tmp_path / "q.star").exists()
+
+
+def test_rows_are_written_in_the_order_of_the_table(tmp_path):
+    notes = {"rlnNote": ["'first one'", "second", "third"]}
+    path = write_star(tmp_path / "p.star", particle_columns(3) | notes)
+    rows = np.array([2, 0])
+    table = read_star(path).take(rows)
+    rewrite(tmp_path / "q.star", table, PoseColumns(ANGLES[rows], ORIGINS[rows]), {})
+    lines = [line for line in (tmp_path / "q.star").read_text().splitlines() if "@" in line]
+    assert [line.split()[0] for line in lines] == ["000003@images.mrcs", "000001@images.mrcs"]
+    assert "third" in lines[0]
+    assert "'first one'" in lines[1]
+
+
+def test_a_table_of_single_items_is_written_again(tmp_path):
+    items = "".join(f"_{name} {cells[0]}\n" for name, cells in particle_columns(1).items())
+    path = tmp_path / "p.star"
+    path.write_text(loop_text("optics", OPTICS) + f"data_particles\n\n{items}_rlnAngleRot 5\n")
+    rewrite(tmp_path / "q.star", read_star(path), PoseColumns(ANGLES[:1], ORIGINS[:1]), {"cryoaiScore": np.array([7])})
+    again = read_star(tmp_path / "q.star")
+    np.testing.assert_allclose(again.poses.angles_in_degrees, ANGLES[:1], atol=1e-6)
+    assert "_cryoaiScore 7" in (tmp_path / "q.star").read_text()
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"rlnBeamTiltX": [0.1, 0, 0]}, "beam tilt (rlnBeamTiltX) is not applied"),
+        ({"rlnOddZernike": ["[0,0,1.5]"] * 3}, "odd Zernike coefficients (rlnOddZernike) is not applied"),
+        ({"rlnMagMat00": [1.01, 1, 1]}, "anisotropic magnification (rlnMagMat00) is not applied"),
+        ({"rlnBeamTiltX": [0.0] * 3, "rlnMagMat11": [1.0] * 3, "rlnEvenZernike": ["[0,0]"] * 3}, None),
+    ],
+)
+def test_aberrations_that_are_left_out_are_named(tmp_path, columns, message):
+    ignored = read_star(write_star(tmp_path / "p.star", particle_columns(3) | columns)).ignored
+    assert ignored == (() if message is None else (message,))

@@ -16,7 +16,8 @@ from torch import Tensor
 from cryoai.errors import InputError
 from cryoai.formats.files import file_fingerprint
 from cryoai.formats.mrc import MrcStack, open_stack
-from cryoai.formats.star import read_star, rewrite_star, write_star
+from cryoai.formats.particle_files import read_particles
+from cryoai.formats.star import rewrite_star, write_star
 from cryoai.formats.table import ParticleTable
 from cryoai.optics import Optics
 from cryoai.pose_files import pose_columns, poses_from_columns
@@ -58,14 +59,25 @@ class ParticleStack:
         self._open: OrderedDict[int, np.memmap] = OrderedDict()
 
     @classmethod
-    def open(cls, path: str | Path, *, data_dir: str | Path | None = None) -> ParticleStack:
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        data_dir: str | Path | None = None,
+        ctf: str | Path | None = None,
+        passthrough: Sequence[str | Path] = (),
+    ) -> ParticleStack:
         """Open a particle file and check that its images can be had.
 
         Parameters
         ----------
         path
-            The particle file. It needs the values of the contrast transfer function and the pixel
-            size; poses are not needed.
+            RELION STAR file, cryoSPARC ``.cs``, bare stack or list of stacks. It needs the values of the contrast
+            transfer function and the pixel size; poses are not needed.
+        ctf
+            For bare stacks: the contrast transfer functions as a cryoDRGN pickle.
+        passthrough
+            For a ``.cs``: its passthrough files, which hold the fields that it lacks.
         data_dir
             Folder that the image paths are relative to; without it the folder of the particle file,
             its parents and the working folder are tried.
@@ -75,7 +87,9 @@ class ParticleStack:
         InputError
             If a file, column or value is missing or wrong, with the row and the fix.
         """
-        table = read_star(Path(path))
+        table = read_particles(
+            Path(path), ctf=None if ctf is None else Path(ctf), passthrough=[Path(file) for file in passthrough]
+        )
         roots = _image_roots(Path(path), None if data_dir is None else Path(data_dir))
         stacks = tuple(open_stack(_find_stack(name, roots, table.path)) for name in table.images.names)
         _check_stacks(table, stacks)
@@ -279,6 +293,6 @@ def _check_stacks(table: ParticleTable, stacks: tuple[MrcStack, ...]) -> None:
         row = beyond[0]
         stack = stacks[table.images.stack[row]]
         raise InputError(
-            f"{table.path}: particle row {row + 1} wants image {table.images.index[row] + 1} of {stack.path}, "
+            f"{table.path}: particle row {table.rows[row] + 1} wants image {table.images.index[row] + 1} of {stack.path}, "
             f"which has {stack.n_images}; the two files do not belong together"
         )

@@ -19,7 +19,7 @@ from cryoai.formats.star.lines import star_lines, tokens, unquoted
 from cryoai.formats.star.names import ABERRATIONS, ANGLES, DEFOCUS, DETECTOR, IMAGE, MICROSCOPE, NUMBERS, PIXEL_SIZES
 from cryoai.formats.table import FloatColumn, ImageReferences, ParticleTable, PoseColumns, StarLayout
 
-__all__ = ["read_star"]
+__all__ = ["read_star", "read_star_poses"]
 
 _CHUNK = 20_000
 
@@ -33,12 +33,7 @@ def read_star(path: Path) -> ParticleTable:
         If the file is missing, empty or malformed, or a column or value that the physics needs is
         missing: nothing physical is ever assumed.
     """
-    check_text_file(path, "a RELION particle STAR file")
-    fingerprint = file_fingerprint(path)
-    try:
-        tables = _read_tables(path)
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not a text file; give a RELION particle STAR file") from None
+    tables, fingerprint = _open(path)
     particles = _particle_table(path, tables)
     columns = _Columns(path, particles, tables.get("optics"))
     pixel_size = _pixel_size(columns)
@@ -60,6 +55,30 @@ def read_star(path: Path) -> ParticleTable:
         star=StarLayout(path, fingerprint, particles.name, tuple(particles.columns), "optics" in tables),
         ignored=columns.ignored(),
     )
+
+
+def read_star_poses(path: Path) -> PoseColumns | None:
+    """The poses of a RELION STAR file, which need not say anything of its optics; None if it has none.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, empty or malformed, or has origins in pixels and no pixel size.
+    """
+    tables, _ = _open(path)
+    columns = _Columns(path, _particle_table(path, tables), tables.get("optics"))
+    in_pixels = any(f"rlnOrigin{axis}Angst" not in columns and f"rlnOrigin{axis}" in columns for axis in "XY")
+    return _poses(columns, _pixel_size(columns) if in_pixels else np.ones(columns.particles.n_rows))
+
+
+def _open(path: Path) -> tuple[dict[str, _Table], tuple[int, int]]:
+    """All tables of a file, and its fingerprint."""
+    check_text_file(path, "a RELION particle STAR file")
+    fingerprint = file_fingerprint(path)
+    try:
+        return _read_tables(path), fingerprint
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file; give a RELION particle STAR file") from None
 
 
 @dataclass(eq=False)
