@@ -27,6 +27,10 @@ WITH_NAMES = sorted(
 )
 
 
+# The commands that train.
+COMMANDS = {"cryoai.commands.running", "cryoai.commands.simulating"}
+
+
 def tree(path):
     return ast.parse(path.read_text(encoding="utf-8"))
 
@@ -67,17 +71,20 @@ def test_reports_read_what_runs_wrote_and_run_nothing():
 
 def test_only_the_trainer_and_the_command_line_know_the_settings():
     trainer = {"cryoai.training.building", "cryoai.training.loop"}
-    assert importers_of("cryoai.training.settings") == {"cryoai", "cryoai.cli"} | trainer
+    assert importers_of("cryoai.training.settings") == {"cryoai", "cryoai.cli"} | COMMANDS | trainer
 
 
 def test_only_the_entry_points_know_the_training():
     outside = {m for m in MODULES if not m.startswith("cryoai.training")}
     inner = [m for m in MODULES if m.startswith("cryoai.training.")]
-    assert {m for name in inner for m in importers_of(name) & outside} == {"cryoai", "cryoai.cli"}
+    assert {m for name in inner for m in importers_of(name) & outside} == {"cryoai", "cryoai.cli"} | COMMANDS
 
 
 def test_nothing_imports_the_command_line():
     assert importers_of("cryoai.cli") == {"cryoai.__main__"}
+    commands = {name for name in MODULES if name.startswith("cryoai.commands.")}
+    for name in commands:
+        assert importers_of(name) <= commands | {"cryoai.cli"}, name
 
 
 def test_imports_go_round_in_no_circle():

@@ -376,6 +376,6 @@ def test_an_interrupted_command_says_that_it_stopped(monkeypatch, capsys):
     def interrupt(*_arguments, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cryoai.cli.choose_device", interrupt)
+    monkeypatch.setattr("cryoai.commands.judging.choose_device", interrupt)
     assert main(["info"]) == 130
     assert capsys.readouterr().err == "cryoai: stopped\n"

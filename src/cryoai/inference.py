@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -379,8 +379,16 @@ def check_output(source: Path, out: Path) -> None:
         raise InputError(f"{out}: {fault}; give a file to write in a folder that exists")
 
 
-def infer_file(predictor: PosePredictor, source: Path, out: Path, *, data_dir: Path | None) -> str:
-    """Pose the particles of a STAR file into another one; returns a line that says what came of it.
+def infer_file(
+    predictor: PosePredictor,
+    source: Path,
+    out: Path,
+    *,
+    data_dir: Path | None = None,
+    ctf: Path | None = None,
+    passthrough: Sequence[Path] = (),
+) -> str:
+    """Pose the particles of a file into a STAR file; returns a line that says what came of it.
 
     Raises
     ------
@@ -389,7 +397,7 @@ def infer_file(predictor: PosePredictor, source: Path, out: Path, *, data_dir: P
     """
     check_output(source, out)
     started = time.monotonic()
-    stack = ParticleStack.open(source, data_dir=data_dir)
+    stack = ParticleStack.open(source, data_dir=data_dir, ctf=ctf, passthrough=passthrough)
     with _progress_bar() as bar:
         task = bar.add_task(source.name, total=stack.n_particles)
         found = predictor.infer(
