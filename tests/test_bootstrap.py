@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,15 +11,18 @@ from cryoai.bootstrap import (
     Reference,
     StochasticSearch,
     agreement,
+    contrast_by_search,
     search_box,
     tempered_weights,
 )
 from cryoai.contrast import ContrastSign
 from cryoai.fourier import FourierDisc
 from cryoai.noise import NoiseSpectrum
-from cryoai.particles import PreparedParticles
+from cryoai.particle_stack import ParticleStack
+from cryoai.particles import PreparedParticles, prepare_particles
 from cryoai.poses import Poses
 from cryoai.search import Candidates
+from cryoai.simulation import protein_like_phantom, simulate
 from cryoai.volumes import SampledVolume
 from oracles import make_optics, positions, random_rotations
 from properties import unchanged
@@ -130,3 +135,34 @@ def test_a_step_of_the_search_leaves_the_map_positive_and_its_mass_at_the_centre
             profile = search.density.double().sum(dim=[a for a in range(3) if a != axis])
             assert abs((profile * positions(n)).sum() / profile.sum()) <= 0.5 + 1e-3
     assert isinstance(search.reference().sampled(), SampledVolume)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_search_with_both_signs_finds_the_contrast_against_wrong_statistics(tmp_path, sign):
+    made = simulate(
+        protein_like_phantom(1), tmp_path, n_particles=300, n_pixels=32, pixel_size_in_angstroms=7.0, snr=0.5, seed=1
+    )
+    particles = prepare_particles(ParticleStack.open(made.particles), 32, tmp_path / "c.f16", sign=1)
+    images = replace(particles, contrast=ContrastSign(-1, -3.0)) if sign < 0 else particles
+    # What is taken for the sign of the images so far has no influence.
+    found = contrast_by_search(images, torch.Generator().manual_seed(0))
+    assert found.sign == 1
+    assert found.search_z_score > 10
+    assert found.z_score == images.contrast.z_score
+
+
+def test_the_contrast_of_dark_particles_is_found_by_search(tmp_path):
+    made = simulate(
+        protein_like_phantom(1), tmp_path, n_particles=300, n_pixels=32, pixel_size_in_angstroms=7.0, snr=0.5, seed=1
+    )
+    np.memmap(tmp_path / "particles.mrcs", np.float32, "r+", offset=1024)[:] *= -1
+    particles = prepare_particles(ParticleStack.open(made.particles), 32, tmp_path / "c.f16", sign=1)
+    found = contrast_by_search(particles, torch.Generator().manual_seed(0))
+    assert (found.sign, found.search_z_score < -10) == (-1, True)
+
+
+def test_statistics_are_clear_where_neither_chance_nor_a_slight_gradient_explains_them():
+    assert ContrastSign(1, 9.0).is_clear(100)
+    assert ContrastSign(-1, -100.0).is_clear(10_000)
+    assert not ContrastSign(1, 7.0).is_clear(100)
+    assert not ContrastSign(1, 40.0).is_clear(10_000)

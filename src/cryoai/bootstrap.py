@@ -11,13 +11,15 @@ The cost depends on the number of steps, not on the number of particles.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import roma
 import torch
 from torch import Tensor
 
 from cryoai.alignment import align_poses
+from cryoai.contrast import ContrastSign
 from cryoai.fourier import resize_map, soft_sphere
 from cryoai.imaging import ImagingModel
 from cryoai.noise import NoiseSpectrum
@@ -27,7 +29,15 @@ from cryoai.reconstruction import ReconstructionSums
 from cryoai.search import Candidates, Templates, TrialPoses, search_poses, shift_grid
 from cryoai.volumes import SampledVolume
 
-__all__ = ["BootstrapSchedule", "Reference", "StochasticSearch", "agreement", "held_out_poses", "search_box"]
+__all__ = [
+    "BootstrapSchedule",
+    "Reference",
+    "StochasticSearch",
+    "agreement",
+    "contrast_by_search",
+    "held_out_poses",
+    "search_box",
+]
 
 # Relative to the mean information of a shell: a tenth of it stands for a signal-to-noise ratio of 10.
 _PRIOR = 0.1
@@ -231,3 +241,28 @@ def agreement(first: Candidates, second: Candidates) -> float:
     change = align_poses(a, b)
     distance = angular_distance_in_degrees(change.of_poses(a).rotations, b.rotations)
     return float((distance < 20).float().mean())
+
+
+def contrast_by_search(particles: PreparedParticles, generator: torch.Generator) -> ContrastSign:
+    """Whether protein is bright or dark, by a short search for a map of either sign.
+
+    A density is not negative, so that images of the wrong sign lead to no map: the sign is the one
+    under whose map particles that it was not made from are likelier.
+    """
+    schedule = BootstrapSchedule(n_steps=60, last_radius=min(10, particles.disc.max_radius), n_rotations=2304)
+    small = particles.cropped(search_box(schedule.last_radius, particles.n_pixels))
+    shuffled = torch.randperm(particles.n_particles, generator=generator)[:3000]
+    held_out, subset = shuffled[: min(500, len(shuffled) // 3)], shuffled[min(500, len(shuffled) // 3) :]
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    likelihoods = []
+    for sign in (1, -1):
+        signed = replace(small, contrast=replace(small.contrast, sign=sign))
+        # The same draws for both.
+        search = StochasticSearch(signed, subset, schedule, torch.Generator().manual_seed(seed))
+        while not search.finished:
+            search.step()
+        found = held_out_poses(signed, held_out.sort().values, search.reference(), search.trials)
+        likelihoods.append(found.log_likelihoods[:, 0])
+    deviation, mean = torch.std_mean(likelihoods[0] - likelihoods[1])
+    z_score = float(mean / (deviation / math.sqrt(len(held_out))).clamp_min(1e-12))
+    return replace(particles.contrast, sign=1 if z_score > 0 else -1, search_z_score=z_score)

@@ -16,6 +16,8 @@ __all__ = ["ContrastSign", "PowerOfGroups", "correlate_with_blob", "decide_sign"
 # The shells in which a particle of half the box differs from noise.
 _LAST_SHELL = 8
 _LARGEST_SCALE = 5.0
+# In standard errors of the mean, and in standard deviations of one image.
+_CLEAR_Z_SCORE, _CLEAR_CORRELATION = 8.0, 0.5
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,17 @@ class ContrastSign:
     """Whether protein is bright (+1) or dark (-1) in the images, and how sure the data are.
 
     ``z_score`` is the mean correlation of the images with a blob seen through their CTF, in
-    standard errors; it is positive where protein is bright.
+    standard errors; it is positive where protein is bright. ``search_z_score`` is the same of the
+    log-likelihood that a search gains from bright protein over dark, None if there was no search.
     """
 
     sign: int
     z_score: float
+    search_z_score: float | None = None
+
+    def is_clear(self, n_particles: int) -> bool:
+        """Whether neither chance nor, where images are many, a slight gradient of the ice explains the statistics."""
+        return abs(self.z_score) > max(_CLEAR_Z_SCORE, _CLEAR_CORRELATION * math.sqrt(n_particles))
 
 
 def correlate_with_blob(coefficients: Tensor, optics: Optics, disc: FourierDisc) -> Tensor:

@@ -121,7 +121,8 @@ class PreparedParticles:
         shape = (self.n_particles, self.n_stored, 2)
         rows = np.memmap(self.path, dtype=np.float16, mode="r", shape=shape)
         values = rows[indices.cpu().numpy(), : self.disc.n_coefficients(max_radius)]
-        coefficients = torch.view_as_complex(torch.from_numpy(values).float())
+        # In the file they are as in the images; here protein is bright.
+        coefficients = self.contrast.sign * torch.view_as_complex(torch.from_numpy(values).float())
         device = self.disc.device
         return ParticleBatch(indices.to(device), coefficients.to(device), self.optics[indices.cpu()].to(device))
 
@@ -186,9 +187,6 @@ def prepare_particles(
         n_done += len(part.indices)
         progress(int(indices[-1]) + 1)
     contrast = decide_sign(torch.cat(blob_correlations), sign)
-    if contrast.sign < 0:
-        for start in range(0, n_done, _CHUNK):
-            rows[start : start + _CHUNK] *= -1
     rows.flush()
     stack_rows = torch.cat(usable)
     return PreparedParticles(

@@ -15,7 +15,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from cryoai.bootstrap import Reference
+from cryoai.bootstrap import Reference, contrast_by_search
+from cryoai.contrast import ContrastSign
 from cryoai.errors import InputError
 from cryoai.formats.files import atomic_path
 from cryoai.hardware import choose_device
@@ -234,15 +235,22 @@ def _prepare(
     )
     n = particles.n_particles
     some = "" if n == stack.n_particles else f" of {stack.n_particles:,}"
-    sign = particles.contrast
-    how = "detected" if settings.contrast == "auto" else "as stated"
+    clear = settings.contrast != "auto" or particles.contrast.is_clear(particles.n_particles)
+    if not clear and "bootstrap" in settings.stages:
+        by_search = contrast_by_search(particles, torch.Generator().manual_seed(settings.seed))
+        particles = replace(particles, contrast=by_search)
     monitor.end(
         f"{n:,}{some} particles of {stack.n_pixels} px, working box {box} px of "
-        f"{particles.pixel_size_in_angstroms:.2f} Å; protein is {'bright' if sign.sign > 0 else 'dark'} "
-        f"({how}; z = {sign.z_score:.1f})"
+        f"{particles.pixel_size_in_angstroms:.2f} Å; {_contrast(particles.contrast, settings)}"
     )
     _say_faults(particles.faults, folder, monitor)
     return particles
+
+
+def _contrast(found: ContrastSign, settings: Settings) -> str:
+    how = "detected" if settings.contrast == "auto" else "as stated"
+    search = "" if found.search_z_score is None else f"; both signs tried, z = {found.search_z_score:.1f}"
+    return f"protein is {'bright' if found.sign > 0 else 'dark'} ({how}; z = {found.z_score:.1f}{search})"
 
 
 def _say_faults(faults: Sequence[Fault], folder: RunFolder, monitor: Monitor) -> None:
