@@ -28,7 +28,7 @@ WITH_NAMES = sorted(
 
 
 # The commands that train.
-COMMANDS = {"cryoai.commands.running", "cryoai.commands.simulating"}
+COMMANDS = {f"cryoai.commands.{name}" for name in ("checking", "running", "simulating")}
 
 
 def tree(path):

@@ -228,11 +228,11 @@ def test_poses_are_read_from_a_dataset_that_holds_nothing_else(tmp_path):
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("ctf/tilt_A", "beam tilt (ctf/tilt_A) is not applied"),
-        ("ctf/shift_A", "shift of the image by the beam tilt (ctf/shift_A) is not applied"),
-        ("ctf/trefoil_A", "trefoil (ctf/trefoil_A) is not applied"),
-        ("ctf/tetra_A", "tetrafoil (ctf/tetra_A) is not applied"),
-        ("ctf/anisomag", "anisotropic magnification (ctf/anisomag) is not applied"),
+        ("ctf/tilt_A", "not applied: beam tilt (ctf/tilt_A)"),
+        ("ctf/shift_A", "not applied: shift of the image by the beam tilt (ctf/shift_A)"),
+        ("ctf/trefoil_A", "not applied: trefoil (ctf/trefoil_A)"),
+        ("ctf/tetra_A", "not applied: tetrafoil (ctf/tetra_A)"),
+        ("ctf/anisomag", "not applied: anisotropic magnification (ctf/anisomag)"),
     ],
 )
 def test_aberrations_that_are_left_out_are_named(tmp_path, name, line):

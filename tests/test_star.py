@@ -351,9 +351,9 @@ def test_a_table_of_single_items_is_written_again(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"rlnBeamTiltX": [0.1, 0, 0]}, "beam tilt (rlnBeamTiltX) is not applied"),
-        ({"rlnOddZernike": ["[0,0,1.5]"] * 3}, "odd Zernike coefficients (rlnOddZernike) is not applied"),
-        ({"rlnMagMat00": [1.01, 1, 1]}, "anisotropic magnification (rlnMagMat00) is not applied"),
+        ({"rlnBeamTiltX": [0.1, 0, 0]}, "not applied: beam tilt (rlnBeamTiltX)"),
+        ({"rlnOddZernike": ["[0,0,1.5]"] * 3}, "not applied: odd Zernike coefficients (rlnOddZernike)"),
+        ({"rlnMagMat00": [1.01, 1, 1]}, "not applied: anisotropic magnification (rlnMagMat00)"),
         ({"rlnBeamTiltX": [0.0] * 3, "rlnMagMat11": [1.0] * 3, "rlnEvenZernike": ["[0,0]"] * 3}, None),
     ],
 )

@@ -10,6 +10,8 @@ from cyclopts import App, CycloptsError
 from pydantic import ValidationError
 
 from cryoai import __version__
+from cryoai.commands.checking import check
+from cryoai.commands.comparing import compare_results, flip_hand_of_run
 from cryoai.commands.judging import evaluate, info
 from cryoai.commands.running import infer, reconstruct_particles
 from cryoai.commands.simulating import demo, simulate_particles
@@ -32,9 +34,12 @@ app = App(
 _VERBS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "simulate": simulate_particles,
+    "check": check,
     "reconstruct": reconstruct_particles,
     "infer": infer,
     "evaluate": evaluate,
+    "compare": compare_results,
+    "flip-hand": flip_hand_of_run,
     "info": info,
 }
 for _name, _command in _VERBS.items():

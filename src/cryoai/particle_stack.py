@@ -14,18 +14,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cryoai.errors import InputError
-from cryoai.formats.files import file_fingerprint
+from cryoai.formats.files import file_fingerprint, shown
 from cryoai.formats.mrc import MrcStack, open_stack
 from cryoai.formats.particle_files import read_particles
 from cryoai.formats.star import rewrite_star, write_star
 from cryoai.formats.table import ParticleTable
+from cryoai.image_paths import find_image_file, image_roots, places_tried
+from cryoai.limits import LARGEST_VALUE, SMALLEST_BOX
 from cryoai.optics import Optics
 from cryoai.pose_files import pose_columns, poses_from_columns
 from cryoai.poses import Poses
 
 __all__ = ["Fault", "ParticleStack"]
 
-_SMALLEST_BOX = 32
 _OPEN_FILES = 64
 
 
@@ -90,8 +91,15 @@ class ParticleStack:
         table = read_particles(
             Path(path), ctf=None if ctf is None else Path(ctf), passthrough=[Path(file) for file in passthrough]
         )
-        roots = _image_roots(Path(path), None if data_dir is None else Path(data_dir))
-        stacks = tuple(open_stack(_find_stack(name, roots, table.path)) for name in table.images.names)
+        return cls.of_table(table, data_dir=None if data_dir is None else Path(data_dir))
+
+    @classmethod
+    def of_table(cls, table: ParticleTable, *, data_dir: Path | None = None) -> ParticleStack:
+        """The particles of a table whose file was read already; see :meth:`open`."""
+        if data_dir is not None and not data_dir.is_dir():
+            raise InputError(f"--data-dir {data_dir}: no such folder; give the folder the image paths start from")
+        roots = image_roots(table.path, data_dir)
+        stacks = tuple(open_stack(_found(name, roots, table.path)) for name in table.images.names)
         _check_stacks(table, stacks)
         return cls(table, stacks)
 
@@ -214,13 +222,15 @@ class ParticleStack:
         references = self.table.images
         stack = self._stacks[references.stack[index]]
         number = int(references.index[index])
-        reason = "has a constant background: masked images cannot be normalised"
+        reason = "has no noise in its background: masked images cannot be normalised"
         if number >= stack.n_whole:
             reason = "is missing: the stack was cut short"
         elif not bool(image.isfinite().all()):
             reason = "has values that are not finite"
         elif bool((image == image[0, 0]).all()):
             reason = "is constant"
+        elif float(image.abs().max()) >= LARGEST_VALUE:
+            reason = "has values beyond all measure"
         return Fault(int(self.table.rows[index]), f"{number + 1}@{stack.path}", reason)
 
     def _commonest_image(self) -> NDArray[np.float64]:
@@ -255,25 +265,14 @@ class ParticleStack:
         return self._open[stack]
 
 
-def _image_roots(star: Path, data_dir: Path | None) -> list[Path]:
-    if data_dir is not None:
-        if not data_dir.is_dir():
-            raise InputError(f"--data-dir {data_dir}: no such folder; give the folder the image paths start from")
-        return [data_dir]
-    # RELION paths start at the project's root, which is some folder above the STAR file.
-    folder = star.resolve().parent
-    return [folder, *folder.parents, Path.cwd()]
-
-
-def _find_stack(name: str, roots: list[Path], star: Path) -> Path:
-    candidates = [root / name for root in roots] + [roots[0] / Path(name).name]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise InputError(
-        f"{star}: image stack {name} not found; tried {candidates[0]}, {candidates[-1]} and the folders above: "
-        "give the folder it is relative to with --data-dir"
-    )
+def _found(name: str, roots: list[Path], table: Path) -> Path:
+    path = find_image_file(name, roots)
+    if path is None:
+        raise InputError(
+            f"{table}: image stack {shown(name, 200)} not found; tried {places_tried(name, roots)}: "
+            "give the folder it is relative to with --data-dir"
+        )
+    return path
 
 
 def _check_stacks(table: ParticleTable, stacks: tuple[MrcStack, ...]) -> None:
@@ -283,9 +282,9 @@ def _check_stacks(table: ParticleTable, stacks: tuple[MrcStack, ...]) -> None:
             raise InputError(f"{stack.path}: images of {stack.n_columns} x {n} pixels; crop them square")
         if n % 2:
             raise InputError(f"{stack.path}: odd box of {n} pixels; an even box is needed: crop or pad by a pixel")
-        if n < _SMALLEST_BOX:
+        if n < SMALLEST_BOX:
             raise InputError(
-                f"{stack.path}: box of {n} pixels; at least {_SMALLEST_BOX} are needed: extract with a larger box"
+                f"{stack.path}: box of {n} pixels; at least {SMALLEST_BOX} are needed: extract with a larger box"
             )
     counts = np.array([stack.n_images for stack in stacks])
     beyond = np.flatnonzero(table.images.index >= counts[table.images.stack])
@@ -293,6 +292,6 @@ def _check_stacks(table: ParticleTable, stacks: tuple[MrcStack, ...]) -> None:
         row = beyond[0]
         stack = stacks[table.images.stack[row]]
         raise InputError(
-            f"{table.path}: particle row {table.rows[row] + 1} wants image {table.images.index[row] + 1} of {stack.path}, "
-            f"which has {stack.n_images}; the two files do not belong together"
+            f"{table.path}: particle row {table.rows[row] + 1} wants image {table.images.index[row] + 1} of "
+            f"{stack.path}, which has {stack.n_images}; the two files do not belong together"
         )

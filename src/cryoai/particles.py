@@ -15,6 +15,7 @@ from cryoai.contrast import ContrastSign, PowerOfGroups, correlate_with_blob, de
 from cryoai.errors import InputError
 from cryoai.fourier import FourierDisc
 from cryoai.imaging import ImagingModel
+from cryoai.limits import BACKGROUND_RADIUS, LARGEST_VALUE
 from cryoai.noise import NoiseSpectrum
 from cryoai.optics import Optics
 from cryoai.particle_stack import Fault, ParticleStack
@@ -29,8 +30,6 @@ __all__ = [
 
 _CHUNK = 256
 _PILOT = 2000
-# Outside this fraction of half the box an image is taken to show no particle.
-_BACKGROUND_RADIUS = 0.9
 # A box that is off by so many pixels is the box of the images.
 _SAME_BOX = 0.05
 # Of images that cannot be used, so many are named where they are too many.
@@ -314,10 +313,12 @@ def _normalised(images: Tensor) -> tuple[Tensor, Tensor]:
     """Images (B, n, n) with a background of mean 0 and variance 1, and which (B,) of them have one."""
     n = images.shape[-1]
     offset = torch.arange(n, device=images.device) - n // 2
-    background = offset[:, None] ** 2 + offset**2 > (_BACKGROUND_RADIUS * n / 2) ** 2
+    background = offset[:, None] ** 2 + offset**2 > (BACKGROUND_RADIUS * n / 2) ** 2
     deviation, mean = torch.std_mean(images[:, background], dim=1)
-    usable = (deviation > 0) & images.isfinite().all(dim=2).all(dim=1)
     result = (images - mean[:, None, None]) / deviation[:, None, None]
+    # Comparisons with what is not finite are false.
+    largest = torch.maximum(images.abs().amax(dim=(1, 2)), result.abs().amax(dim=(1, 2)))
+    usable = (deviation > 0) & (largest < LARGEST_VALUE)
     return torch.where(usable[:, None, None], result, 0.0), usable
 
 

@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter
 
+from cryoai.commands.checking import check_before_run
 from cryoai.commands.flags import require
+from cryoai.formats.particle_files import read_particles
 from cryoai.hardware import choose_device
 from cryoai.inference import PosePredictor, check_output, infer_file
 from cryoai.particle_stack import ParticleStack
@@ -54,7 +56,9 @@ def reconstruct_particles(
         For a .cs: the passthrough file of the same job, which holds the fields that it lacks. May be repeated.
     """
     chosen = Settings.assemble(preset, settings_file, settings.model_dump(exclude_unset=True))
-    reconstruct(ParticleStack.open(particles, data_dir=data_dir, ctf=ctf, passthrough=passthrough), run_dir, chosen)
+    table = read_particles(particles, ctf=ctf, passthrough=passthrough)
+    check_before_run(table, run_dir, chosen, data_dir=data_dir)
+    reconstruct(ParticleStack.of_table(table, data_dir=data_dir), run_dir, chosen)
 
 
 def infer(

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from cryoai.errors import InputError
-from cryoai.formats.files import check_not_a_pointer
+from cryoai.formats.files import check_is_file, check_not_a_pointer, read_start, shown
+from cryoai.formats.numbers import LARGEST, SMALLEST, is_number, is_positive
 from cryoai.formats.table import FloatColumn, PoseColumns
 
 __all__ = ["CryodrgnCtf", "CryodrgnPoses", "read_cryodrgn_ctf", "read_cryodrgn_poses"]
@@ -104,19 +105,25 @@ def read_cryodrgn_ctf(path: Path) -> CryodrgnCtf:
     value = _load(path, _CTF)
     if not (_is_array(value, 2) and value.shape[1] == len(_CTF_COLUMNS)):
         raise InputError(f"{path}: holds {_described(value)}; give {_CTF}, 9 numbers for each particle")
-    columns = value.astype(np.float64).T
+    columns = _doubles(value).T
     for name, column in zip(_CTF_COLUMNS, columns, strict=True):
-        bad = np.flatnonzero(~np.isfinite(column))
-        if len(bad):
-            raise InputError(f"{path}: the {name} of row {bad[0] + 1} is {column[bad[0]]}; a finite number is needed")
-        bad = np.flatnonzero(column <= 0) if name in ("box size", "pixel size", "voltage") else bad
-        if len(bad):
-            raise InputError(f"{path}: the {name} of row {bad[0] + 1} is {column[bad[0]]:g}; it must be positive")
+        _check_numbers(path, name, column, positive=name in ("box size", "pixel size", "voltage"))
     whole = np.rint(columns[0])
     bad = np.flatnonzero((np.abs(columns[0] - whole) > 1e-3) | (whole > _LARGEST_BOX))
     if len(bad):
         raise InputError(f"{path}: the box size of row {bad[0] + 1} is {columns[0][bad[0]]:g} pixels; give {_CTF}")
     return CryodrgnCtf(whole.astype(np.int64), *columns[1:])
+
+
+def _check_numbers(path: Path, name: str, column: FloatColumn, *, positive: bool) -> None:
+    bad = np.flatnonzero(~is_number(column))
+    if len(bad):
+        rule = f"a finite number is needed, of at most {LARGEST:g}"
+        raise InputError(f"{path}: the {name} of row {bad[0] + 1} is {column[bad[0]]}; {rule}")
+    bad = np.flatnonzero(~is_positive(column)) if positive else bad
+    if len(bad):
+        rule = f"it must be positive, at least {SMALLEST:g}"
+        raise InputError(f"{path}: the {name} of row {bad[0] + 1} is {column[bad[0]]:g}; {rule}")
 
 
 def read_cryodrgn_poses(path: Path) -> CryodrgnPoses:
@@ -136,13 +143,13 @@ def read_cryodrgn_poses(path: Path) -> CryodrgnPoses:
         raise InputError(f"{path}: holds {_described(value)}; give {_POSES}, a 3 x 3 rotation for each particle")
     if shifts is not None and not (_is_array(shifts, 2) and shifts.shape == (len(rotations), 2)):
         raise InputError(f"{path}: holds {_described(value)}; give {_POSES}, with a shift (x, y) for each rotation")
-    matrices = _rotations(path, rotations.astype(np.float64))
+    matrices = _rotations(path, _doubles(rotations))
     with warnings.catch_warnings():
         # At tilt 0, where rot and psi are one angle, which is what it warns of.
         warnings.simplefilter("ignore", UserWarning)
         # Its rotations take the particle to the image, ours the image to the particle.
         angles = Rotation.from_matrix(matrices.transpose(0, 2, 1)).as_euler("ZYZ", degrees=True)
-    return CryodrgnPoses(angles, None if shifts is None else _shifts(path, shifts.astype(np.float64)))
+    return CryodrgnPoses(angles, None if shifts is None else _shifts(path, _doubles(shifts)))
 
 
 def _rotations(path: Path, matrices: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -196,22 +203,32 @@ _BUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 def _load(path: Path, wanted: str) -> Any:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; give {wanted}")
+    check_is_file(path, wanted)
+    start = read_start(path, 4096)
+    if not start.strip():
+        raise InputError(f"{path}: the file is empty; give {wanted}")
+    check_not_a_pointer(path, start)
     with path.open("rb") as file:
-        start = file.read(4096)
-        if not start.strip():
-            raise InputError(f"{path}: the file is empty; give {wanted}")
-        check_not_a_pointer(path, start)
-        file.seek(0)
         try:
-            return _ArrayUnpickler(file, encoding="latin1").load()
+            value = _ArrayUnpickler(file, encoding="latin1").load()
         except pickle.UnpicklingError as error:
             words = str(error).split()
-            fault = f"holds a {words[0]}, not plain arrays" if len(words) == 1 else "not a pickle"
+            fault = f"holds a {shown(words[0])}, not plain arrays" if len(words) == 1 else "not a pickle"
         except Exception:  # a damaged pickle can raise anything
             fault = "not a pickle, or a damaged one"
+        else:
+            # An array that was announced and not filled may be larger than all memory.
+            parts = value if isinstance(value, tuple | list) else (value,)
+            if all(part.nbytes <= path.stat().st_size for part in parts if isinstance(part, np.ndarray)):
+                return value
+            fault = "a damaged pickle: it has fewer numbers than it announces"
     raise InputError(f"{path}: {fault}; give {wanted}")
+
+
+def _doubles(array: NDArray[Any]) -> FloatColumn:
+    # What overflows is found to be no number.
+    with np.errstate(over="ignore"):
+        return array.astype(np.float64)
 
 
 def _is_array(value: Any, n_axes: int) -> bool:
@@ -222,7 +239,7 @@ def _is_array(value: Any, n_axes: int) -> bool:
 def _described(value: Any) -> str:
     if isinstance(value, np.ndarray):
         kind = "a list of particle numbers, " if value.ndim == 1 and value.dtype.kind in "iu" else ""
-        return f"{kind}an array of shape {value.shape} and type {value.dtype}"
+        return shown(f"{kind}an array of shape {value.shape} and type {value.dtype}", 200)
     if isinstance(value, tuple | list):
         # Of what is in it, no more than arrays: it may be deep, or hold itself.
         parts = [_described(part) if isinstance(part, np.ndarray) else f"a {type(part).__name__}" for part in value[:3]]

@@ -12,10 +12,14 @@ from cryoai.errors import InputError
 
 __all__ = [
     "atomic_path",
+    "check_is_file",
     "check_not_a_pointer",
     "check_text_file",
     "file_fingerprint",
+    "is_file",
     "make_empty_folder",
+    "read_start",
+    "shown",
     "writable_folder",
 ]
 
@@ -46,6 +50,44 @@ def file_fingerprint(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
+def is_file(path: Path) -> bool:
+    """Whether a file is there; a name that no file can have is none."""
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long
+        return False
+
+
+def check_is_file(path: Path, wanted: str) -> None:
+    """See that a file is there.
+
+    Raises
+    ------
+    InputError
+        If it is missing, or a folder.
+    """
+    if not is_file(path):
+        fault = "a folder" if path.is_dir() else "no such file"
+        raise InputError(f"{path}: {fault}; give {wanted}")
+
+
+def read_start(path: Path, n_bytes: int) -> bytes:
+    """The first bytes of a file that is there, as many as it has.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(n_bytes)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); see to its permissions, or copy it again"
+        ) from None
+
+
 def check_text_file(path: Path, wanted: str) -> None:
     """See that a file is there and holds text.
 
@@ -54,10 +96,8 @@ def check_text_file(path: Path, wanted: str) -> None:
     InputError
         If it is missing, empty, or something that people mistake for the file itself.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; give {wanted}")
-    with path.open("rb") as file:
-        start = file.read(4096)
+    check_is_file(path, wanted)
+    start = read_start(path, 4096)
     if not start.strip():
         raise InputError(f"{path}: the file is empty; give {wanted}")
     check_not_a_pointer(path, start)
@@ -75,6 +115,14 @@ def check_not_a_pointer(path: Path, start: bytes) -> None:
     """
     if start.startswith(b"version https://git-lfs"):
         raise InputError(f"{path}: a Git LFS pointer, not the file itself; fetch it with 'git lfs pull'")
+    if start.startswith((b"/annex/objects/", b"../.git/annex", b".git/annex")):
+        raise InputError(f"{path}: a git-annex pointer, not the file itself; fetch it with 'git annex get'")
+
+
+def shown(text: str, n_characters: int = 60) -> str:
+    """A piece of a file for a message: in one line, of characters that can be printed, and not too long."""
+    start = text if len(text) <= n_characters else f"{text[:n_characters]}..."
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in start)
 
 
 def make_empty_folder(path: Path) -> None:

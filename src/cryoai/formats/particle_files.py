@@ -12,7 +12,7 @@ import numpy as np
 from cryoai.errors import InputError
 from cryoai.formats.cryodrgn import read_cryodrgn_ctf
 from cryoai.formats.cryosparc import is_cryosparc, read_cryosparc
-from cryoai.formats.files import check_not_a_pointer
+from cryoai.formats.files import check_is_file, check_not_a_pointer, is_file, read_start, shown
 from cryoai.formats.mrc import MrcStack, open_stack
 from cryoai.formats.star import read_star
 from cryoai.formats.table import ImageReferences, ParticleTable
@@ -68,8 +68,7 @@ def file_kind(path: Path) -> FileKind:
     """
     if path.is_dir():
         raise InputError(f"{path}: a folder; give a file of particles in it: {_KNOWN}")
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; give {_KNOWN}")
+    check_is_file(path, _KNOWN)
     start = _readable_start(path)
     suffix = path.suffix.lower()
     is_text = b"\0" not in start
@@ -91,13 +90,10 @@ def file_kind(path: Path) -> FileKind:
 
 def _readable_start(path: Path) -> bytes:
     """The beginning of a file that holds something, in a form that can be read."""
-    with path.open("rb") as file:
-        start = file.read(4096)
+    start = read_start(path, 4096)
     if not start.strip():
         raise InputError(f"{path}: the file is empty; give {_KNOWN}")
     check_not_a_pointer(path, start)
-    if start.startswith((b"/annex/objects/", b"../.git/annex", b".git/annex")):
-        raise InputError(f"{path}: a git-annex pointer, not the file itself; fetch it with 'git annex get'")
     if start.startswith(_COMPRESSED):
         raise InputError(f"{path}: it is compressed; decompress it")
     if start.startswith(b"\x89HDF"):
@@ -147,14 +143,16 @@ def read_particles(path: Path, *, ctf: Path | None = None, passthrough: Sequence
 
 def _open_images(path: Path, ctf: Path | None) -> MrcStack:
     stack = open_stack(path)
-    with path.open("rb") as file:
-        space_group = file.read(92)[88:]
-    is_cube = stack.n_images == stack.n_rows == stack.n_columns
-    # Many programs mark stacks as volumes, and some volumes as stacks.
-    is_map = any(space_group) or (ctf is None and path.suffix.lower() not in (".mrcs", ".st"))
-    if is_cube and is_map:
-        n = stack.n_columns
-        raise InputError(f"{path}: a map of {n} x {n} x {n} voxels, not images of particles; give {_KNOWN}")
+    n_columns, n_rows, n_images = stack.n_columns, stack.n_rows, stack.n_images
+    # Many programs mark stacks as volumes, and some volumes as stacks; but images are square.
+    is_map = stack.is_volume or path.suffix.lower() in (".map", ".ccp4")
+    if n_images == n_rows == n_columns:
+        is_map |= ctf is None and path.suffix.lower() not in (".mrcs", ".st")
+    elif n_rows == n_columns or n_images == 1:
+        is_map = False
+    if is_map:
+        size = f"{n_columns} x {n_rows} x {n_images}"
+        raise InputError(f"{path}: a map of {size} voxels, not images of particles; give {_KNOWN}")
     return stack
 
 
@@ -171,10 +169,10 @@ def _listed_stacks(path: Path, ctf: Path | None) -> list[MrcStack]:
         if not name:
             continue
         stack = path.parent / name
-        if "\0" in name or stack.suffix.lower() not in _STACK_SUFFIXES or not stack.is_file():
+        if stack.suffix.lower() not in _STACK_SUFFIXES or not is_file(stack):
             fault = "is no stack (.mrcs)" if stack.suffix.lower() not in _STACK_SUFFIXES else "is not there"
             raise InputError(
-                f"{path}: '{name[:60]}' of line {number} {fault}; "
+                f"{path}: '{shown(name)}' of line {number} {fault}; "
                 "one stack a line is needed, relative to the folder of the list"
             )
         if stack not in opened:

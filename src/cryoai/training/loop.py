@@ -21,6 +21,7 @@ from cryoai.errors import InputError
 from cryoai.formats.files import atomic_path
 from cryoai.hardware import choose_device
 from cryoai.inference import TrainedEncoder
+from cryoai.limits import FEWEST_PARTICLES, LARGEST_DEFAULT_BOX
 from cryoai.noise import NoiseSpectrum, fit_z_scores
 from cryoai.particle_stack import Fault, ParticleStack
 from cryoai.particles import PreparedParticles, prepare_particles
@@ -38,8 +39,6 @@ from cryoai.training.stages import (
 
 __all__ = ["PoseSources", "Reconstruction", "reconstruct"]
 
-_LARGEST_DEFAULT_BOX = 128
-_FEWEST_PARTICLES = 20
 _SIGNS = {"auto": None, "bright": 1, "dark": -1}
 _MOVED_IN_DEGREES = 1.0
 _SAMPLE = 1000
@@ -179,11 +178,11 @@ def _carry_out(stage: Stage, monitor: Monitor) -> Estimate:
 
 
 def _working_box(particles: ParticleStack, settings: Settings) -> int:
-    if particles.n_particles < _FEWEST_PARTICLES:
+    if particles.n_particles < FEWEST_PARTICLES:
         raise InputError(
-            f"{particles.table.path}: {particles.n_particles} particles; at least {_FEWEST_PARTICLES} are needed"
+            f"{particles.table.path}: {particles.n_particles} particles; at least {FEWEST_PARTICLES} are needed"
         )
-    box = settings.box or min(particles.n_pixels, _LARGEST_DEFAULT_BOX)
+    box = settings.box or min(particles.n_pixels, LARGEST_DEFAULT_BOX)
     if box > particles.n_pixels:
         raise InputError(f"--box {box}: the images have {particles.n_pixels} pixels; give at most that")
     if "amortized" in settings.stages and settings.amortized.box > box:

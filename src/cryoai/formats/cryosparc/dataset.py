@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cryoai.errors import InputError
-from cryoai.formats.files import check_not_a_pointer
+from cryoai.formats.files import check_is_file, check_not_a_pointer, read_start, shown
+from cryoai.formats.numbers import LARGEST, SMALLEST, is_number, is_positive
 from cryoai.formats.table import FloatColumn
 
 __all__ = ["Dataset", "is_cryosparc", "load_records"]
@@ -25,14 +25,13 @@ _SMALL = 1 << 20
 
 def is_cryosparc(path: Path) -> bool:
     """Whether a file is a cryoSPARC dataset, or a group file that names some, whatever its suffix."""
-    with path.open("rb") as file:
-        start = file.read(4096)
+    start = read_start(path, 4096)
     known = start.startswith((_NUMPY, b"PAR1")) or start[1:6] == b"CSDAT"
     return known or _is_group(start)
 
 
 def _is_group(start: bytes) -> bool:
-    return b"\0" not in start and re.search(rb"^\s*metafile:", start, re.MULTILINE) is not None
+    return b"\0" not in start and any(line.lstrip().startswith(b"metafile:") for line in start.splitlines())
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,21 +106,24 @@ class Dataset:
                 f"{self.path}: {name} is of type {stored.dtype} and shape {stored.shape[1:]} for each particle; "
                 f"{'a number is' if size == 1 else f'{size} numbers are'} needed: export it again"
             )
-        values = stored.astype(np.float64)
-        bad = np.flatnonzero(~np.isfinite(values).reshape(len(self), -1).all(axis=1))
+        with np.errstate(over="ignore"):
+            values = stored.astype(np.float64)
+        bad = np.flatnonzero(~is_number(values).reshape(len(self), -1).all(axis=1))
         if len(bad):
             word = " ".join(f"{value:g}" for value in np.atleast_1d(values[bad[0]]))
             raise InputError(
-                f"{self.path}: {name} of particle row {bad[0] + 1} is {word}; finite values are needed: remove the row"
+                f"{self.path}: {name} of particle row {bad[0] + 1} is {word}; "
+                f"finite values are needed, of at most {LARGEST:g}: remove the row"
             )
         return values
 
     def positive(self, name: str) -> FloatColumn:
         values = self.required(name)
-        bad = np.flatnonzero(values <= 0)
+        bad = np.flatnonzero(~is_positive(values))
         if len(bad):
             raise InputError(
-                f"{self.path}: {name} of particle row {bad[0] + 1} is {values[bad[0]]:g}; it must be positive"
+                f"{self.path}: {name} of particle row {bad[0] + 1} is {values[bad[0]]:g}; "
+                f"it must be positive, at least {SMALLEST:g}"
             )
         return values
 
@@ -137,11 +139,8 @@ def load_records(path: Path) -> NDArray[np.void]:
     InputError
         If the file is missing, of another kind, damaged, or has no rows.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; give the .cs file of a cryoSPARC job")
-    with path.open("rb") as file:
-        start = file.read(1 << 16)
-    _check_start(path, start)
+    check_is_file(path, "the .cs file of a cryoSPARC job")
+    _check_start(path, read_start(path, 1 << 16))
     mode: Literal["r"] | None = "r" if path.stat().st_size > _SMALL else None
     try:
         records = np.load(path, mmap_mode=mode, allow_pickle=False, max_header_size=_LONGEST_HEADER)
@@ -171,14 +170,17 @@ def _check_start(path: Path, start: bytes) -> None:
 
 
 def _about_group(path: Path, text: str) -> str:
-    named = list(dict.fromkeys(re.findall(r"""^\s*metafile:\s*['"]?>?(.*?)['"]?\s*$""", text, re.MULTILINE)))
+    pairs = [line.strip().partition(":")[::2] for line in text.splitlines()]
+    files = [value.strip().strip("'\"").removeprefix(">") for key, value in pairs if key == "metafile"]
+    named = list(dict.fromkeys(shown(name, 200) for name in files))
     listed = ", ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
     fault = f"{path}: a cryoSPARC group file, which only names {listed}"
-    if not re.search(r"^\s*type:\s*particle", text, re.MULTILINE):
+    if not any(key == "type" and value.strip().startswith("particle") for key, value in pairs):
         return f"{fault}, and these are no particles; give the .cs file of particles"
     more = [name for name in named if "passthrough" in name]
     main = [name for name in named if name not in more] or named[:1]
-    return f"{fault}; give {' '.join([main[0], *(f'--passthrough {name}' for name in main[1:] + more)])}"
+    flags = [f"--passthrough {name}" for name in (main[1:] + more)[:3]]
+    return f"{fault}; give {' '.join([main[0], *flags])}"
 
 
 def _uid_column(part: _Part) -> NDArray[np.uint64]:

@@ -11,6 +11,7 @@ from scipy.spatial.transform import Rotation
 
 from cryoai.errors import InputError
 from cryoai.formats.cryosparc.dataset import Dataset
+from cryoai.formats.files import shown
 from cryoai.formats.table import ImageReferences, ParticleTable, PoseColumns
 
 __all__ = ["ABERRATIONS", "image_references", "read_cryosparc", "read_cryosparc_poses"]
@@ -58,7 +59,7 @@ def read_cryosparc(path: Path, passthrough: Sequence[Path] = ()) -> ParticleTabl
         poses=_poses(data),
         star=None,
         ignored=tuple(
-            f"{kind} ({name}) is not applied" for name, (kind, _) in ABERRATIONS.items() if _is_set(data, name)
+            f"not applied: {kind} ({name})" for name, (kind, _) in ABERRATIONS.items() if _is_set(data, name)
         ),
     )
 
@@ -83,7 +84,7 @@ def image_references(data: Dataset) -> ImageReferences:
         If it does not say, or not in the right types.
     """
     if "blob/path" not in data:
-        kinds = ", ".join(sorted({name.partition("/")[0] for name in data.fields} - {"uid"}))
+        kinds = shown(", ".join(sorted({name.partition("/")[0] for name in data.fields} - {"uid"})), 200)
         raise InputError(
             f"{data.path}: blob/path is missing, the images of particles (there are {kinds}); give a .cs file of "
             "particles, or the passthrough file of the same job with --passthrough FILE"

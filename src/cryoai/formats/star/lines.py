@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from cryoai.errors import InputError
+from cryoai.formats.files import shown
 
 __all__ = ["Line", "star_lines", "tokens", "unquoted"]
 
-_QUOTED = re.compile(r"""'.*?'(?=\s|$)|".*?"(?=\s|$)|\S+""")
+_WORD = re.compile(r"\S+")
+_CLOSING = {quote: re.compile(rf"{quote}(?=\s|$)") for quote in "'\""}
 
 
 class Line(NamedTuple):
@@ -37,7 +40,7 @@ def star_lines(path: Path) -> Iterator[Line]:
             kind = "row"
             if not text or text.startswith("#"):
                 kind = "other"
-            elif text.startswith("data_"):
+            elif text.startswith("data_") and not (in_loop and _has_more_words(text)):
                 kind, block, in_header, in_loop = "block", text.split()[0][len("data_") :], False, False
             elif text.startswith("loop_"):
                 kind, in_header, in_loop = "loop", True, True
@@ -46,16 +49,42 @@ def star_lines(path: Path) -> Iterator[Line]:
             elif in_loop:
                 in_header = False
             else:
-                raise InputError(f"{path}: line {number} belongs to no table ('{text[:40]}'); write the file again")
+                raise InputError(
+                    f"{path}: line {number} belongs to no table ('{shown(text, 40)}'); write the file again"
+                )
             yield Line(kind, block, text)
+
+
+def _has_more_words(text: str) -> bool:
+    """Whether a line is a row whose first value looks like the name of a table, such as a path."""
+    words = text.split(maxsplit=2)
+    return len(words) > 1 and not words[1].startswith("#")
 
 
 def tokens(text: str) -> list[str]:
     """The values of a row as they stand, quotes included."""
-    words = text.split() if "'" not in text and '"' not in text else _QUOTED.findall(text)
+    words = text.split() if "'" not in text and '"' not in text else _quoted_words(text)
     if "#" in text:
         comment = next((i for i, word in enumerate(words) if word.startswith("#")), len(words))
         return words[:comment]
+    return words
+
+
+def _quoted_words(text: str) -> list[str]:
+    """Words, of which those that a quote begins go on to the next such quote before white space, if there is one."""
+    closing: dict[str, list[int]] = {}
+    words, end = [], 0
+    while found := _WORD.search(text, end):
+        start, end = found.span()
+        quote = text[start]
+        if quote in _CLOSING:
+            # All at once: a search for each of many that are never closed would take the square of the time.
+            if quote not in closing:
+                closing[quote] = [match.start() for match in _CLOSING[quote].finditer(text)]
+            following = bisect_right(closing[quote], start)
+            if following < len(closing[quote]):
+                end = closing[quote][following] + 1
+        words.append(text[start:end])
     return words
 
 

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cryoai.errors import InputError
-from cryoai.formats.files import check_text_file, file_fingerprint
+from cryoai.formats.files import check_text_file, file_fingerprint, shown
+from cryoai.formats.numbers import LARGEST, SMALLEST, is_number, is_positive
 from cryoai.formats.star.lines import star_lines, tokens, unquoted
 from cryoai.formats.star.names import ABERRATIONS, ANGLES, DEFOCUS, DETECTOR, IMAGE, MICROSCOPE, NUMBERS, PIXEL_SIZES
 from cryoai.formats.table import FloatColumn, ImageReferences, ParticleTable, PoseColumns, StarLayout
@@ -96,9 +97,10 @@ class _Images:
             number, at, name = word.partition("@")
             if not at:
                 number, name = "1", word
-            if not (number.isascii() and number.isdigit() and 1 <= int(number) < 2**31 and name) or len(number) > 12:
+            is_whole = len(number) <= 12 and number.isascii() and number.isdigit()
+            if not (is_whole and 1 <= int(number) < 2**31 and name):
                 raise InputError(
-                    f"{path}: {IMAGE} of particle row {self.n_rows + i + 1} is '{word}'; "
+                    f"{path}: {IMAGE} of particle row {self.n_rows + i + 1} is '{shown(word)}'; "
                     "number@stack is needed, counted from 1"
                 )
             stack[i] = self.stacks.setdefault(name, len(self.stacks))
@@ -113,7 +115,7 @@ class _Images:
 
 @dataclass(eq=False)
 class _Numbers:
-    """A column of numbers, gathered chunk by chunk; what is no finite number is NaN, and the first is remembered."""
+    """A column of numbers, gathered chunk by chunk; the first that is none, or not finite, is remembered."""
 
     chunks: list[FloatColumn] = field(default_factory=list)
     n_rows: int = 0
@@ -124,7 +126,7 @@ class _Numbers:
             values = np.array(words, dtype=np.float64)
         except ValueError:
             values = np.array([_number(word) for word in words])
-        wrong = np.flatnonzero(~np.isfinite(values))
+        wrong = np.flatnonzero(~is_number(values))
         if len(wrong) and self.bad is None:
             self.bad = (self.n_rows + int(wrong[0]), words[wrong[0]])
         self.chunks.append(values)
@@ -144,23 +146,28 @@ def _number(word: str) -> float:
 
 @dataclass(eq=False)
 class _Table:
-    """One table of a file: the numbers and images that are understood, and the names of all columns."""
+    """One table of a file: the numbers and images that are understood, and the names of all columns.
+
+    Of a malformed table the fault is kept, and of what follows the names of columns: it matters only where the
+    table is one that is read.
+    """
 
     path: Path
     name: str
-    columns: list[str] = field(default_factory=list)
+    columns: dict[str, None] = field(default_factory=dict)
     numbers: dict[str, _Numbers] = field(default_factory=dict)
     # Of the columns of aberrations, those in which some value is not the one that means there is none.
     aberrant: set[str] = field(default_factory=set)
     images: _Images = field(default_factory=_Images)
     n_rows: int = 0
     is_loop: bool = False
+    fault: str | None = None
     pending: list[list[str]] = field(default_factory=list)
 
     def add_line(self, kind: str, text: str) -> None:
         if kind == "loop":
             if self.columns:
-                raise InputError(f"{self.path}: the table data_{self.name} has two parts; make them two tables")
+                self.fail(f"the table data_{shown(self.name)} has two parts; make them two tables")
             self.is_loop = True
         elif kind == "row":
             self.pending.append(tokens(text))
@@ -171,17 +178,20 @@ class _Table:
             self._add_column(name[1:])
             if kind == "item":
                 # Single lines of a name and a value make a table of one row.
-                self.pending = [[*(self.pending[0] if self.pending else []), *values[:1]]]
+                self.pending = self.pending or [[]]
+                self.pending[0] += values[:1]
 
     def flush(self) -> None:
         """Turn the pending rows into numbers."""
         rows, self.pending = self.pending, []
         for i, row in enumerate(rows):
             if len(row) != len(self.columns):
-                raise InputError(
-                    f"{self.path}: row {self.n_rows + i + 1} of the table data_{self.name} has {len(row)} values "
+                self.fail(
+                    f"row {self.n_rows + i + 1} of the table data_{shown(self.name)} has {len(row)} values "
                     f"for {len(self.columns)} columns; the file is damaged: write it again"
                 )
+        if self.fault is not None:
+            return
         for position, name in enumerate(self.columns):
             if name in self.numbers:
                 self.numbers[name].add([unquoted(row[position]) for row in rows])
@@ -191,13 +201,26 @@ class _Table:
                 self.aberrant.add(name)
         self.n_rows += len(rows)
 
+    def fail(self, fault: str) -> None:
+        """Remember what is wrong with the table, if nothing has been before."""
+        self.fault = self.fault or fault
+
+    def check(self) -> None:
+        """See that nothing is wrong with the table.
+
+        Raises
+        ------
+        InputError
+            If it is malformed.
+        """
+        if self.fault is not None:
+            raise InputError(f"{self.path}: {self.fault}")
+
     def _add_column(self, name: str) -> None:
         if name in self.columns:
-            raise InputError(
-                f"{self.path}: the table data_{self.name} names column {name} twice; remove one of the two"
-            )
-        self.columns.append(name)
-        if name in NUMBERS:
+            self.fail(f"the table data_{shown(self.name)} names column {shown(name)} twice; remove one of the two")
+        self.columns[name] = None
+        if name in NUMBERS and name not in self.numbers:
             self.numbers[name] = _Numbers()
 
 
@@ -214,10 +237,12 @@ def _read_tables(path: Path) -> dict[str, _Table]:
             continue
         if kind == "block":
             if block in tables:
-                raise InputError(f"{path}: two tables are called data_{block}; rename or join them")
-            tables[block] = _Table(path, block)
+                tables[block].flush()
+                tables[block].fail(f"two tables are called data_{shown(block)}; rename or join them")
+            else:
+                tables[block] = _Table(path, block)
         elif block not in tables:
-            raise InputError(f"{path}: '{text[:40]}' stands before any table (data_...); write the file again")
+            raise InputError(f"{path}: '{shown(text, 40)}' stands before any table (data_...); write the file again")
         else:
             tables[block].add_line(kind, text)
     for table in tables.values():
@@ -230,13 +255,14 @@ def _particle_table(path: Path, tables: dict[str, _Table]) -> _Table:
     if not candidates:
         raise InputError(f"{path}: no table has a column {IMAGE}; give a STAR file of particles")
     if len(candidates) > 1:
-        names = ", ".join(table.name for table in candidates)
+        names = ", ".join(shown(table.name) for table in candidates[:3]) + (", ..." if len(candidates) > 3 else "")
         raise InputError(f"{path}: tables {names} all have {IMAGE}; keep one of them")
-    if not candidates[0].n_rows:
-        raise InputError(
-            f"{path}: the particle table data_{candidates[0].name} has no rows; give at least one particle"
-        )
-    return candidates[0]
+    particles = candidates[0]
+    particles.check()
+    if not particles.n_rows:
+        name = shown(particles.name)
+        raise InputError(f"{path}: the particle table data_{name} has no rows; give at least one particle")
+    return particles
 
 
 class _Columns:
@@ -246,6 +272,8 @@ class _Columns:
         self.path = path
         self.particles = particles
         self.optics = optics
+        if optics is not None:
+            optics.check()
         self._optics_row = self._match_optics_groups()
 
     def __contains__(self, name: str) -> bool:
@@ -261,12 +289,16 @@ class _Columns:
 
     def positive(self, name: str) -> FloatColumn:
         values = self.required(name)
-        bad = np.flatnonzero(values <= 0)
-        if len(bad):
-            raise InputError(
-                f"{self.path}: {name} of particle row {bad[0] + 1} is {values[bad[0]]:g}; it must be positive"
-            )
+        self.check_positive(name, values)
         return values
+
+    def check_positive(self, name: str, values: FloatColumn) -> None:
+        bad = np.flatnonzero(~is_positive(values))
+        if len(bad):
+            rule = f"at most {LARGEST:g}" if values[bad[0]] > LARGEST else f"positive, at least {SMALLEST:g}"
+            raise InputError(
+                f"{self.path}: {name} of particle row {bad[0] + 1} is {values[bad[0]]:g}; it must be {rule}"
+            )
 
     def optional(self, name: str, default: float) -> FloatColumn:
         return self.required(name) if name in self else np.full(self.particles.n_rows, default)
@@ -275,13 +307,16 @@ class _Columns:
         """One line for each kind of aberration that some particle has."""
         tables = [self.particles] if self.optics is None else [self.particles, self.optics]
         found = {ABERRATIONS[name][0]: name for table in tables for name in sorted(table.aberrant)}
-        return tuple(f"{kind} ({name}) is not applied" for kind, name in found.items())
+        return tuple(f"not applied: {kind} ({name})" for kind, name in found.items())
 
     def _values(self, table: _Table, name: str, kind: str) -> FloatColumn:
         column = table.numbers[name]
         if column.bad is not None:
             row, word = column.bad
-            raise InputError(f"{self.path}: {name} of {kind} row {row + 1} is '{word}'; a finite number is needed")
+            raise InputError(
+                f"{self.path}: {name} of {kind} row {row + 1} is '{shown(word)}'; "
+                f"a finite number is needed, of at most {LARGEST:g}"
+            )
         return column.values
 
     def _match_optics_groups(self) -> NDArray[np.int64]:
@@ -313,7 +348,9 @@ def _pixel_size(columns: _Columns) -> FloatColumn:
             return columns.positive(name)
     if all(name in columns for name in DETECTOR):
         # micrometres on the detector * 1e4 = angstroms on the detector; / magnification = on the specimen
-        return columns.positive(DETECTOR[0]) * 1e4 / columns.positive(DETECTOR[1])
+        size = columns.positive(DETECTOR[0]) * 1e4 / columns.positive(DETECTOR[1])
+        columns.check_positive("the pixel size by rlnDetectorPixelSize and rlnMagnification", size)
+        return size
     raise InputError(
         f"{columns.path}: the pixel size is missing; add rlnImagePixelSize (RELION 3.1), "
         "or rlnDetectorPixelSize and rlnMagnification (3.0)"

@@ -32,8 +32,8 @@ def rewrite_star(
 ) -> None:
     """Write the STAR file of a table again with these poses and extra columns; all else stays as it was read.
 
-    A RELION 3.0 file (no optics table) gets its origins in pixels, a 3.1 file in Å. Of the rows, those of the
-    table are written, in its order.
+    A RELION 3.0 file (no optics table) gets its origins in pixels, a 3.1 file in Å; where a file has both, both
+    change. Of the rows, those of the table are written, in its order.
 
     Raises
     ------
@@ -42,7 +42,7 @@ def rewrite_star(
     """
     updates = dict(zip(ANGLES, poses.angles_in_degrees.T, strict=True))
     for axis, origin in zip("XY", poses.origins_in_angstroms.T, strict=True):
-        if layout.has_optics:
+        if layout.has_optics or f"rlnOrigin{axis}Angst" in layout.columns:
             updates[f"rlnOrigin{axis}Angst"] = origin
         if not layout.has_optics or f"rlnOrigin{axis}" in layout.columns:
             updates[f"rlnOrigin{axis}"] = origin / table.pixel_size_in_angstroms
