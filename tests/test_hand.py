@@ -105,7 +105,7 @@ def run(phantom, tmp_path):
         [phantom.projection(BOX, r, -t / PIXEL) for r, t in zip(rotations, shifts.double(), strict=True)]
     ).float()
     # A trace of noise, because images are normalised by their noise.
-    images = images + 1e-4 * images.std() * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    images = images + 0.01 * images.std() * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     write_images(tmp_path / "images.mrcs", images, PIXEL)
     stack = ParticleStack.open(write_star(tmp_path / "p.star", particle_columns(N)))
     poses = Poses(rotations.float(), shifts)
