@@ -6,6 +6,7 @@ import shutil
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -138,17 +139,20 @@ class ParticleStack:
     @property
     def image_sizes(self) -> NDArray[np.int64]:
         """Side (N,) of each particle's image in pixels."""
-        return np.array([stack.n_rows for stack in self._stacks])[self.table.images.stack]
+        sizes = np.array([stack.n_rows for stack in self._stacks])
+        if (sizes == sizes[0]).all():
+            return np.broadcast_to(sizes[0], len(self.table))
+        return sizes[self.table.images.stack]
 
     @property
     def n_pixels(self) -> int:
         """Side of the images in pixels; where they differ, that of the largest optics group."""
-        return int(self._commonest_image()[1])
+        return int(self._commonest_image[1])
 
     @property
     def pixel_size_in_angstroms(self) -> float:
         """Pixel size of the images, which is that of the maps made from them; of the largest optics group."""
-        return float(self._commonest_image()[0])
+        return float(self._commonest_image[0])
 
     @property
     def optics_group(self) -> Tensor:
@@ -181,9 +185,9 @@ class ParticleStack:
             table.defocus_angle_in_degrees,
             table.phase_shift_in_degrees,
             table.b_factor_in_square_angstroms,
-            np.ones(len(table)),
+            np.broadcast_to(1.0, len(table)),
         )
-        return Optics(*(torch.from_numpy(column).float() for column in columns))
+        return Optics(*map(_tensor, columns))
 
     @property
     def poses(self) -> Poses | None:
@@ -233,6 +237,7 @@ class ParticleStack:
             reason = "has values beyond all measure"
         return Fault(int(self.table.rows[index]), f"{number + 1}@{stack.path}", reason)
 
+    @cached_property
     def _commonest_image(self) -> NDArray[np.float64]:
         """Pixel size and side of the images of the largest number of particles."""
         kinds = np.stack([self.table.pixel_size_in_angstroms, self.image_sizes], axis=1)
@@ -265,6 +270,13 @@ class ParticleStack:
         return self._open[stack]
 
 
+def _tensor(column: NDArray[np.float64]) -> Tensor:
+    """A column in single precision; one of equal values takes no memory here either."""
+    if column.strides == (0,):
+        return torch.tensor([column[0]], dtype=torch.float32).expand(len(column))
+    return torch.from_numpy(column).float()
+
+
 def _found(name: str, roots: list[Path], table: Path) -> Path:
     path = find_image_file(name, roots)
     if path is None:
@@ -292,6 +304,6 @@ def _check_stacks(table: ParticleTable, stacks: tuple[MrcStack, ...]) -> None:
         row = beyond[0]
         stack = stacks[table.images.stack[row]]
         raise InputError(
-            f"{table.path}: particle row {table.rows[row] + 1} wants image {table.images.index[row] + 1} of "
+            f"{table.path}: particle row {table.rows[row] + 1} wants image {int(table.images.index[row]) + 1} of "
             f"{stack.path}, which has {stack.n_images}; the two files do not belong together"
         )

@@ -280,9 +280,8 @@ class Quarantine:
 def _common_extent(stack: ParticleStack, n_pixels: int, extent_in_angstroms: float) -> tuple[Optics, Tensor]:
     """Optics at the working box, and the pixels (N,), not always a whole number, in the common extent."""
     optics = stack.optics
-    sizes = torch.from_numpy(stack.image_sizes).double()
-    boxes = extent_in_angstroms / torch.from_numpy(stack.table.pixel_size_in_angstroms)
-    boxes = torch.where((boxes - sizes).abs() < _SAME_BOX, sizes, boxes)
+    sizes, exact = stack.image_sizes, extent_in_angstroms / stack.table.pixel_size_in_angstroms
+    boxes = torch.from_numpy(np.where(np.abs(exact - sizes) < _SAME_BOX, sizes, exact))
     if float(boxes.min()) < n_pixels - _SAME_BOX:
         row = int(boxes.argmin())
         pixel_size = float(optics.pixel_size_in_angstroms[row])
@@ -298,7 +297,8 @@ def _normalised_coefficients(stack: ParticleStack, indices: Tensor, boxes: Tenso
     result = torch.zeros((len(indices), disc.n_coefficients()), dtype=torch.complex64, device=disc.device)
     usable = torch.zeros(len(indices), dtype=torch.bool)
     faults = []
-    kinds = torch.stack([torch.from_numpy(stack.image_sizes[indices.numpy()]).double(), boxes[indices]], dim=1)
+    sizes = torch.from_numpy(stack.image_sizes[indices.numpy()]).double()
+    kinds = torch.stack([sizes, boxes[indices]], dim=1)
     for size, box in kinds.unique(dim=0).tolist():
         members = ((kinds[:, 0] == size) & (kinds[:, 1] == box)).nonzero().flatten()
         images = stack.stored_images(indices[members])

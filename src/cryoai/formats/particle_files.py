@@ -28,7 +28,7 @@ _FOREIGN = {
     ".emx": "an EMX file; export the particles in RELION's format",
     ".img": "an IMAGIC or SPIDER stack; convert it to .mrcs (e2proc2d.py, relion_image_handler)",
     ".hed": "the header of an IMAGIC stack; convert the stack to .mrcs (e2proc2d.py, relion_image_handler)",
-    ".spi": "a SPIDER stack; convert it to .mrcs (e2proc2d.py, relion_image_handler)",
+    ".spi": "a SPIDER image or stack; convert it to .mrcs (e2proc2d.py, relion_image_handler)",
     ".stk": "a SPIDER or Xmipp stack; convert it to .mrcs (e2proc2d.py, relion_image_handler)",
     ".xmp": "an Xmipp stack; convert it to .mrcs (e2proc2d.py, relion_image_handler)",
     ".hdf": "an EMAN2 file; export the particles as .mrcs with a RELION STAR file",
@@ -125,9 +125,9 @@ def read_particles(path: Path, *, ctf: Path | None = None, passthrough: Sequence
     if ctf is not None and kind in (FileKind.STAR, FileKind.CRYOSPARC):
         raise InputError(f"--ctf {ctf}: is for bare stacks of images; {path}, a {kind.value}, has its own: remove it")
     if kind is FileKind.STAR:
-        return read_star(path)
+        return read_star(path).compacted()
     if kind is FileKind.CRYOSPARC:
-        return read_cryosparc(path, passthrough)
+        return read_cryosparc(path, passthrough).compacted()
     if kind is FileKind.PICKLE:
         raise InputError(
             f"{path}: a pickle, which holds no images; give the stack of images, and with --ctf cryoDRGN's ctf.pkl"
@@ -138,7 +138,7 @@ def read_particles(path: Path, *, ctf: Path | None = None, passthrough: Sequence
             f"{path}: images without defocus, voltage and pixel size, which are never assumed; "
             "give a STAR or .cs file of them, or with --ctf cryoDRGN's ctf.pkl"
         )
-    return _bare_images(path, stacks, ctf)
+    return _bare_images(path, stacks, ctf).compacted()
 
 
 def _open_images(path: Path, ctf: Path | None) -> MrcStack:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,6 +92,15 @@ class ParticleTable:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def compacted(self) -> ParticleTable:
+        """The same table; a column in which all values are equal takes no memory."""
+        columns: dict[str, Any] = {
+            item.name: np.broadcast_to(values[:1].copy(), values.shape)
+            for item in fields(self)
+            if isinstance(values := getattr(self, item.name), np.ndarray) and (values == values[0]).all()
+        }
+        return replace(self, **columns)
 
     def take(self, rows: NDArray[np.int64]) -> ParticleTable:
         """The table of some rows, in that order."""
