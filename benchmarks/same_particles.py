@@ -41,7 +41,7 @@ def columns_of(stack: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]
             tables.append({})
         elif line.startswith("_"):
             tables[-1][words[0][1:]] = []
-        elif words and words[0] != "loop_":
+        elif words and words[0] != "loop_" and not line.startswith("#"):
             for cells, word in zip(tables[-1].values(), words, strict=True):
                 cells.append(word)
     return tables[0], tables[1]
