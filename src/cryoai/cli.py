@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from cryoai import __version__
 from cryoai.commands.checking import check
 from cryoai.commands.comparing import compare_results, flip_hand_of_run
+from cryoai.commands.exporting import export
 from cryoai.commands.judging import evaluate, info
 from cryoai.commands.running import infer, reconstruct_particles
 from cryoai.commands.simulating import demo, simulate_particles
@@ -40,6 +41,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
     "compare": compare_results,
     "flip-hand": flip_hand_of_run,
+    "export": export,
     "info": info,
 }
 for _name, _command in _VERBS.items():

@@ -17,7 +17,7 @@ from torch import Tensor
 from cryoai.errors import InputError
 from cryoai.formats.files import file_fingerprint, shown
 from cryoai.formats.mrc import MrcStack, open_stack
-from cryoai.formats.particle_files import read_particles
+from cryoai.formats.particle_files import FileKind, file_kind, read_particles
 from cryoai.formats.star import rewrite_star, write_star
 from cryoai.formats.table import ParticleTable
 from cryoai.image_paths import find_image_file, image_roots, places_tried
@@ -110,14 +110,14 @@ class ParticleStack:
         return ParticleStack(self.table.take(chosen), self._stacks)
 
     def keep_table(self, copy: Path) -> ParticleStack:
-        """The same particles with a copy of their table, beside ``copy`` and with the suffix of the original.
+        """The same particles with a copy of their table, beside ``copy`` with the suffix of its kind.
 
-        It is what :meth:`write` goes by, so that the file itself may change or vanish.
+        It is what :meth:`write` goes by, so that the file itself may change or vanish. Stacks are not copied.
         """
-        suffix = self.table.path.suffix
-        if suffix.lower() not in (".star", ".cs"):
+        kind = file_kind(self.table.path)
+        if kind not in (FileKind.STAR, FileKind.CRYOSPARC):
             return self
-        target = copy.with_suffix(suffix)
+        target = copy.with_suffix(".star" if kind is FileKind.STAR else ".cs")
         shutil.copyfile(self.table.path, target)
         if self.table.star is None:
             return self

@@ -315,7 +315,7 @@ def _write(
         run.summary,
         {
             "cryoai": version("cryoai"),
-            "particles": str(stack.table.path),
+            "particles": str(stack.table.path.resolve()),
             "n_particles": stack.n_particles,
             "n_quarantined": len(result.faults),
             "box_in_pixels": particles.n_pixels,

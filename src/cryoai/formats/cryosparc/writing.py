@@ -53,6 +53,7 @@ def rewrite_cryosparc(
     half_set: NDArray[np.integer] | None = None,
     confidence: FloatColumn | None = None,
     passthrough: Sequence[Path] = (),
+    folder: Path | None = None,
 ) -> None:
     """Write the dataset of a table again with these poses; uids and all else stay as they were read.
 
@@ -65,6 +66,9 @@ def rewrite_cryosparc(
         1 or 2, as in RELION; without it the halves of the dataset stay.
     confidence : (N,)
         Probability of each pose, which becomes ``alignments3D/class_posterior``.
+    folder
+        Where the paths start from that are marked as relative to the dataset; where the table is a copy's, the folder
+        of the original.
 
     Raises
     ------
@@ -83,7 +87,7 @@ def rewrite_cryosparc(
             # Nothing stays of the old alignment that could be taken for part of the new one.
             new.setdefault(name, np.zeros(len(table), dtype=kind))
         elif name.endswith("path"):
-            new[name] = _relocated(data.column(name)[table.rows], table.path.parent, path.parent)
+            new[name] = _relocated(data.column(name)[table.rows], folder or table.path.parent, path.parent)
     types = {**fields, **_types(new)}
     _write(path, types, (new[name] if name in new else data.column(name)[table.rows] for name in types))
 
@@ -97,6 +101,7 @@ def write_cryosparc(
     contrast_sign: int,
     half_set: NDArray[np.integer] | None = None,
     confidence: FloatColumn | None = None,
+    paths: Sequence[str] | None = None,
 ) -> None:
     """Write a table as a new cryoSPARC dataset, with uids that follow from the names and numbers of the images.
 
@@ -110,8 +115,10 @@ def write_cryosparc(
         1 or 2, as in RELION; without it all particles are in the first half.
     confidence : (N,)
         Probability of each pose, which becomes ``alignments3D/class_posterior``.
+    paths
+        Of the stacks, in the order of their names, where other ones are to be written than these.
     """
-    names = np.array([name.encode() for name in table.images.names])
+    names = np.array([name.encode() for name in (table.images.names if paths is None else paths)])
     microscopes = (table.voltage_in_kilovolts, table.spherical_aberration_in_mm, table.amplitude_contrast)
     group = np.unique(np.stack([*microscopes, table.pixel_size_in_angstroms], axis=1), axis=0, return_inverse=True)[1]
     floats: dict[str, FloatColumn] = {

@@ -1,0 +1,161 @@
+"""Whether images at the poses that a file says give the map of a run again.
+
+That is what makes an exported file right: a wrong sign, a wrong unit or images of other particles cannot pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cryoai.contrast import PowerOfGroups
+from cryoai.errors import InputError
+from cryoai.formats.mrc import read_map
+from cryoai.fourier import FourierDisc, fourier_shell_correlation, n_shells_above
+from cryoai.imaging import ImagingModel
+from cryoai.particle_stack import ParticleStack
+from cryoai.particles import ParticleBatch, Quarantine, stream_particles
+from cryoai.reconstruction import HalfMaps, HalfSets
+from cryoai.runs import RunFolder
+
+__all__ = ["ReadBack", "read_back"]
+
+_ENOUGH_IMAGES = 20_000
+_BATCH = 256
+# Some of the images make a noisier map than all of them. Shells are judged as far as this correlation is to be
+# expected of the two, so that what is missing from it is a fault; where that is less than so much of the resolved
+# shells, all images are taken.
+_EXPECTED_FSC = 0.99
+_LEAST_SHARE_OF_SHELLS = 1 / 3
+
+
+@dataclass(frozen=True)
+class ReadBack:
+    """What came of reading an exported file back.
+
+    Attributes
+    ----------
+    n_images
+        So many, evenly spread over the file, were reconstructed at their poses.
+    worst_fsc
+        The lowest correlation of their map with that of the run, inside its mask, in any shell up to
+        ``period_in_angstroms``.
+    period_in_angstroms
+        The resolution of the run, or as far as so many images can be expected to show the same map.
+    """
+
+    n_images: int
+    worst_fsc: float
+    period_in_angstroms: float
+
+
+def read_back(
+    stack: ParticleStack, run: RunFolder, *, contrast_sign: int, device: torch.device | str = "cpu"
+) -> ReadBack:
+    """Reconstruct particles at the poses of their file, and compare that with the map of the run that they are of.
+
+    Parameters
+    ----------
+    contrast_sign
+        +1 where protein is bright in the images, -1 where it is dark.
+
+    Raises
+    ------
+    InputError
+        If the file has no poses, no image can be used, or a map of the run is not there.
+    """
+    known = _Maps.of_run(run, device)
+    n_all = stack.n_particles
+    n = min(_ENOUGH_IMAGES, n_all)
+    if _n_judged_shells(known.halves, n_all / n) < _LEAST_SHARE_OF_SHELLS * max(1, known.halves.n_resolved_shells):
+        n = n_all
+    chosen = stack.take(torch.linspace(0, n_all - 1, n, dtype=torch.float64).long())
+    again, n_used = _reconstructed(chosen, known, contrast_sign)
+    if not n_used:
+        raise InputError(f"{stack.table.path}: none of its images can be used any more; see cryoai check")
+    mask = known.halves.mask
+    fsc = fourier_shell_correlation(again * mask, known.map * mask)
+    n_shells = max(1, _n_judged_shells(known.halves, n_all / n_used))
+    return ReadBack(n_used, float(fsc[1 : n_shells + 1].min()), known.extent_in_angstroms / n_shells)
+
+
+@dataclass(frozen=True, eq=False)
+class _Maps:
+    """The maps of a run."""
+
+    map: Tensor
+    halves: HalfMaps
+    extent_in_angstroms: float
+
+    @classmethod
+    def of_run(cls, run: RunFolder, device: torch.device | str) -> _Maps:
+        stored = [read_map(path) for path in (run.map, *run.half_maps, run.mask)]
+        if len({one.density.shape for one in stored}) > 1:
+            raise InputError(f"{run.path}: its maps are of different sizes; restore those that the run wrote")
+        density, first, second, mask = (torch.from_numpy(one.density).to(device) for one in stored)
+        fsc = fourier_shell_correlation(first * mask, second * mask).float()
+        halves = HalfMaps(first, second, mask, fsc, n_shells_above(fsc, 0.143))
+        return cls(density, halves, len(density) * stored[0].pixel_size_in_angstroms)
+
+
+@torch.no_grad()
+def _reconstructed(stack: ParticleStack, known: _Maps, sign: int) -> tuple[Tensor, int]:
+    """The map (n, n, n) of images at the poses of their file, filtered as that of the run, and how many they are."""
+    n_pixels, device, poses = len(known.map), known.map.device, stack.poses
+    if poses is None:
+        raise InputError(f"{stack.table.path}: no poses; give a file that has them")
+    disc = FourierDisc.of_box(n_pixels, device=device)
+    # A little more than the map holds: what is inserted spreads to its neighbours.
+    radius = min(disc.max_radius, known.halves.n_resolved_shells + 2)
+    imaging = ImagingModel(disc, known.extent_in_angstroms / n_pixels, radius)
+    precision = (imaging.shells > 0).float()
+    scales = _contrast_scales(stack, known, disc)
+    sums, n_used = HalfSets.empty(n_pixels, device=device), 0
+    for batch in _batches(stack, known, sign):
+        rows = batch.indices.cpu()
+        optics = replace(batch.optics, contrast_scale=scales[rows].to(device))
+        scaled = ParticleBatch(batch.indices, batch.coefficients, optics)
+        sums.sums[0].add(scaled, poses[rows].to(device), imaging, precision)
+        n_used += len(batch)
+    return sums.combined(known.halves), n_used
+
+
+def _contrast_scales(stack: ParticleStack, known: _Maps, disc: FourierDisc) -> Tensor:
+    """Strength (N,) of the signal in each optics group, as the run measures it; one look at all images."""
+    group = stack.optics_group
+    if int(group.max()) == 0:
+        return torch.ones(len(group))
+    power = PowerOfGroups(group, disc)
+    for batch in _batches(stack, known, 1):
+        power.add(batch.indices, batch.coefficients, batch.optics)
+    return power.scales()
+
+
+def _batches(stack: ParticleStack, known: _Maps, sign: int) -> Iterator[ParticleBatch]:
+    """All usable images of a stack at the working box of the run."""
+    return stream_particles(
+        stack,
+        len(known.map),
+        extent_in_angstroms=known.extent_in_angstroms,
+        sign=sign,
+        batch_size=_BATCH,
+        quarantine=Quarantine(stack, 1.0),
+        device=known.map.device,
+    )
+
+
+def _n_judged_shells(half_maps: HalfMaps, all_over_used: float) -> int:
+    """Shells up to the resolution of the run, or the first one, in which some of its images should show its map.
+
+    With ``C`` the FSC of the map of all images with a perfect one, the noise in it is ``x = (1 - C) / C`` of the
+    signal; in the map of the part it is more by the factor ``all_over_used``. The part's noise is in both, so that
+    their correlation is ``sqrt((1 + x) / (1 + x all / used))``.
+    """
+    half = half_maps.fsc.double().clamp(1e-6, 1)
+    whole = 2 * half / (1 + half)
+    noise = (1 - whole) / whole
+    expected = ((1 + noise) / (1 + noise * all_over_used)).sqrt()
+    return min(max(1, half_maps.n_resolved_shells), n_shells_above(expected, _EXPECTED_FSC))
