@@ -122,4 +122,6 @@ def textbook_ctf(frequencies, **changes):
     aberration = p["spherical_aberration_in_mm"] * 1e7
     phase = np.pi * wavelength * defocus * squared - np.pi / 2 * aberration * wavelength**3 * squared**2
     phase += np.deg2rad(p["phase_shift_in_degrees"]) + np.arcsin(p["amplitude_contrast"])
-    return p["contrast_scale"] * torch.from_numpy(np.sin(phase) * np.exp(-p["b_factor_in_square_angstroms"] / 4 * squared))
+    return p["contrast_scale"] * torch.from_numpy(
+        np.sin(phase) * np.exp(-p["b_factor_in_square_angstroms"] / 4 * squared)
+    )

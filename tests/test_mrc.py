@@ -129,10 +129,19 @@ def test_a_map_cut_short_is_refused(tmp_path):
     assert "it was cut short" in refusal(read_map, tmp_path / "a.mrc")
 
 
-@pytest.mark.parametrize("content", [b"", b"eight by", b"version https://git-lfs.github.com/spec/v1\n" * 3])
-def test_a_file_of_another_kind_is_refused(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a readable MRC file (it is empty)"),
+        (b"eight by", "not a readable MRC file (8 bytes, of which a header alone has 1024)"),
+        (b"version https://git-lfs.github.com/spec/v1\n" * 3, "a Git LFS pointer, not the file itself"),
+        (b"/annex/objects/MD5-s17--0\n", "a git-annex pointer, not the file itself"),
+    ],
+)
+@pytest.mark.parametrize("read", [open_stack, read_map])
+def test_a_file_of_another_kind_is_refused(tmp_path, content, message, read):
     (tmp_path / "a.mrcs").write_bytes(content)
-    assert refusal(open_stack, tmp_path / "a.mrcs").startswith(f"{tmp_path / 'a.mrcs'}: not a readable MRC file")
+    assert refusal(read, tmp_path / "a.mrcs").startswith(f"{tmp_path / 'a.mrcs'}: {message}")
 
 
 def test_complex_values_are_refused(tmp_path):
@@ -185,7 +194,7 @@ NO_STACKS = {
     "sfftk_test_data_corrupt_header.map",
 }
 CUT_SHORT = {"truncated_drgnai_00256_Ribosomes_1.70A.mrcs"}
-CUBES = {"mrcfile_EMD-3197.map", "sfftk_tiny1.map", "sfftk_tiny2.map", "sfftk_tiny3.map"}
+CUBES = {"mrcfile_EMD-3197.map", "mrcfile_emd_3197.map.gz", "sfftk_tiny1.map", "sfftk_tiny2.map", "sfftk_tiny3.map"}
 
 
 @pytest.mark.parametrize("path", zoo("mrc"))
@@ -214,7 +223,7 @@ def test_a_file_of_the_zoo_makes_a_map_or_is_refused_in_one_line(path):
 
 def test_a_long_text_file_is_refused_without_reading_its_announced_header(tmp_path):
     # Text in the place of its length announces an extended header of two gigabytes.
-    (tmp_path / "a.mrcs").write_bytes(b"version https://git-lfs.github.com/spec/v1\n" * 30)
+    (tmp_path / "a.mrcs").write_bytes(b"this text is none of the formats that are known\n" * 30)
     tracemalloc.start()
     message = refusal(open_stack, tmp_path / "a.mrcs")
     _, peak = tracemalloc.get_traced_memory()

@@ -9,6 +9,7 @@ from cryoai.fourier import FourierDisc
 from cryoai.optics import contrast_transfer_function
 from cryoai.particle_stack import ParticleStack
 from cryoai.particles import prepare_particles
+from cryoai.working_box import default_working_box
 from oracles import direct_image_transform, make_optics
 from stacks import OPTICS, particle_columns, write_images, write_star
 
@@ -118,3 +119,17 @@ def test_the_strength_of_the_signal_in_a_group_is_found(scale):
 def test_one_group_has_scale_one_and_costs_nothing():
     power = PowerOfGroups(torch.zeros(5, dtype=torch.long), FourierDisc.of_box(32))
     assert (power.scales() == 1).all()
+
+
+def test_the_default_working_box_has_the_frequencies_of_all_images():
+    many, few = np.full(10, 3.0), np.full(3, 4.0)
+    sizes = np.full(13, 64)
+    assert default_working_box(many, np.full(10, 64)) == 64
+    assert default_working_box(many, np.full(10, 300)) == 128
+    # 64 pixels of 3 A are 48 of 4 A.
+    assert default_working_box(np.concatenate([many, few]), sizes) == 48
+    assert default_working_box(np.concatenate([many, np.full(3, 1.5)]), sizes) == 64
+    # 192 A / 3.9 A = 49.2: an even number of pixels.
+    assert default_working_box(np.concatenate([many, np.full(3, 3.9)]), sizes) == 48
+    for pixel_size in (1.05, 0.637, 3.822, 5.5):
+        assert default_working_box(np.full(4, pixel_size), np.full(4, 98)) == 98

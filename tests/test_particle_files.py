@@ -47,7 +47,7 @@ NAMED = {
     "cryodrgn_toy_projections.txt": "'toy_projections.mrcs' of line 1 is not there; one stack a line is needed",
     "cryodrgn_toy_projections_2.txt": "'toy_projections.mrcs' of line 1 is not there; one stack a line is needed",
     "scipion_xmipp3CTFEstimation.emx": "an EMX file; export the particles in RELION's format",
-    "xmipp_singleImage_swap.spi": "a SPIDER stack; convert it to .mrcs",
+    "xmipp_singleImage_swap.spi": "a SPIDER image or stack; convert it to .mrcs",
     "xmipp_smallStack.hed": "the header of an IMAGIC stack; convert the stack to .mrcs",
     "xmipp_smallStack.img": "an IMAGIC or SPIDER stack; convert it to .mrcs",
     "xmipp_smallStack.stk": "a SPIDER or Xmipp stack; convert it to .mrcs",
@@ -284,7 +284,7 @@ def test_a_stack_of_640_pixels_is_no_pickle_though_it_begins_like_one(tmp_path):
 
 
 REFUSED = {
-    "a folder": ("x", lambda path: path.mkdir(), "a folder; give a file of particles in it"),
+    "a folder": ("x", lambda path: path.mkdir(), "a folder; give a RELION STAR file"),
     "nothing": ("x.star", lambda path: None, "no such file; give a RELION STAR file, a cryoSPARC .cs file, or"),  # noqa: ARG005
     "empty": ("x.star", lambda path: path.write_bytes(b" \n"), "the file is empty; give a RELION STAR file"),
     "pointer": ("x.mrcs", lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "a Git LFS"),

@@ -232,7 +232,7 @@ REFUSED = {
     "group column misnamed": (
         particle_columns(2),
         without(OPTICS, "rlnOpticsGroup") | {"rlnOpticsGroup1": [1]},
-        "rlnOpticsGroup is missing from data_optics or the particle table",
+        "rlnOpticsGroup is missing from the table data_optics; add it",
     ),
     "images counted from 0": (
         particle_columns(2) | {"rlnImageName": ["1@a.mrcs", "000@a.mrcs"]},

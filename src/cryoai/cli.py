@@ -17,6 +17,7 @@ from cryoai.commands.judging import evaluate, info
 from cryoai.commands.running import infer, reconstruct_particles
 from cryoai.commands.simulating import demo, simulate_particles
 from cryoai.errors import InputError, RunFailedError
+from cryoai.formats.files import shown
 from cryoai.training.settings import describe
 
 __all__ = ["app", "main"]
@@ -32,6 +33,7 @@ app = App(
     suppress_keyboard_interrupt=False,  # main has a word to say
 )
 
+_LONGEST_MESSAGE = 2000
 _VERBS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "simulate": simulate_particles,
@@ -73,6 +75,6 @@ def main(arguments: list[str] | None = None) -> int:
 def _fail(error: Exception, status: int, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
-    message = " ".join(str(error).split())
+    message = shown(" ".join(str(error).split()), _LONGEST_MESSAGE)
     print(f"cryoai: error: {message}", file=sys.stderr)
     return status

@@ -41,7 +41,7 @@ from cryoai.reconstruction import particle_mask
 from cryoai.runs import RunFolder, finite_or_none
 from cryoai.simulation import resample_map
 
-__all__ = ["AlignedMaps", "Comparison", "MapComparison", "PoseComparison", "compare", "compare_maps"]
+__all__ = ["AlignedMaps", "Comparison", "MapComparison", "PoseComparison", "compare", "compare_maps", "compare_poses"]
 
 _FEWEST_PARTICLES = 3
 _QUARANTINED = "cryoaiQuarantined"
@@ -290,6 +290,12 @@ def compare(
     if poses is None and maps is None:
         raise InputError(f"{first}, {second}: one has poses, the other is a map; give two maps or two with poses")
     return Comparison(first, second, poses, maps)
+
+
+def compare_poses(first: Path, second: Path) -> PoseComparison:
+    """Compare the poses in two files of particles; see :func:`compare`."""
+    sides = _Side(first, first, None), _Side(second, second, None)
+    return _compare_poses(*(_read_posed(*pair, None, ()) for pair in (sides, sides[::-1])))
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from cryoai.limits import LARGEST_VALUE, SMALLEST_BOX
 from cryoai.optics import Optics
 from cryoai.pose_files import pose_columns, poses_from_columns
 from cryoai.poses import Poses
+from cryoai.working_box import commonest_image
 
 __all__ = ["Fault", "ParticleStack"]
 
@@ -147,12 +148,12 @@ class ParticleStack:
     @property
     def n_pixels(self) -> int:
         """Side of the images in pixels; where they differ, that of the largest optics group."""
-        return int(self._commonest_image[1])
+        return self._commonest_image[1]
 
     @property
     def pixel_size_in_angstroms(self) -> float:
         """Pixel size of the images, which is that of the maps made from them; of the largest optics group."""
-        return float(self._commonest_image[0])
+        return self._commonest_image[0]
 
     @property
     def optics_group(self) -> Tensor:
@@ -238,11 +239,8 @@ class ParticleStack:
         return Fault(int(self.table.rows[index]), f"{number + 1}@{stack.path}", reason)
 
     @cached_property
-    def _commonest_image(self) -> NDArray[np.float64]:
-        """Pixel size and side of the images of the largest number of particles."""
-        kinds = np.stack([self.table.pixel_size_in_angstroms, self.image_sizes], axis=1)
-        values, counts = np.unique(kinds, axis=0, return_counts=True)
-        return np.asarray(values[counts.argmax()])
+    def _commonest_image(self) -> tuple[float, int]:
+        return commonest_image(self.table.pixel_size_in_angstroms, self.image_sizes)
 
     def write(
         self, path: Path, poses: Poses, extra: Mapping[str, NDArray[np.generic]], faults: Sequence[Fault] = ()

@@ -55,7 +55,10 @@ def _cryodrgn_columns(path: Path, extent_in_angstroms: float | FloatColumn | Non
     poses = read_cryodrgn_poses(path)
     if extent_in_angstroms is None:
         if poses.origins_in_boxes is not None:
-            raise InputError(f"{path}: its shifts are fractions of the box, whose side in Å is not known here")
+            raise InputError(
+                f"{path}: its shifts are fractions of the box, whose side in Å is not known here; "
+                "give the poses as a STAR or .cs file"
+            )
         extent_in_angstroms = 0.0
     return poses.columns(extent_in_angstroms)
 

@@ -18,7 +18,7 @@ from cryoai.checks.signal import Signal, judge_delocalisation, judge_signal, mea
 from cryoai.errors import InputError
 from cryoai.formats.particle_files import read_particles
 from cryoai.formats.table import ParticleTable
-from cryoai.limits import FEWEST_PARTICLES, LARGEST_DEFAULT_BOX
+from cryoai.limits import FEWEST_PARTICLES
 
 __all__ = ["QUICK_SAMPLE", "check_particles"]
 
@@ -74,7 +74,7 @@ def check_particles(
     level = _level_of_unusable(found, seen, max_faulty_share)
     findings = [*_judge_number(table), *findings, *judge_headers(found, level), *judge_references(found)]
     findings += judge_images(found, seen, level) if len(seen.places) else []
-    box = working_box or min(found.commonest_box, LARGEST_DEFAULT_BOX)
+    box = working_box or found.default_working_box
     optics = judge_optics(table)
     has_ctf = _has_ctf(table, optics)
     findings += [*optics, *judge_pixel_sizes(table, found.boxes, box)]
@@ -84,7 +84,7 @@ def check_particles(
         findings += judge_signal(path, signal, sign)
     else:
         findings.append(Finding("note", "contrast", f"{path}: not measured, and neither are size and noise: {failure}"))
-    pixel_size = _commonest_pixel_size(found)
+    pixel_size = found.commonest_image[0]
     need = None
     if box:
         boxes = np.where(has_ctf, found.boxes, 0)
@@ -139,13 +139,6 @@ def _measured(found: FoundStacks, seen: ImageStatistics, has_ctf: NDArray[np.boo
     if signal is not None and not math.isfinite(signal.contrast.z_score):
         return None, "their values are beyond all measure"
     return signal, "too few images that can be used" if signal is None else ""
-
-
-def _commonest_pixel_size(found: FoundStacks) -> float:
-    """Pixel size of most of the particles that have the most common box."""
-    chosen = (found.boxes == found.commonest_box) | (found.commonest_box == 0)
-    sizes, counts = np.unique(found.table.pixel_size_in_angstroms[chosen], return_counts=True)
-    return float(sizes[counts.argmax()])
 
 
 def _measurements(

@@ -18,6 +18,7 @@ from cryoai.formats.mrc import MrcStack, open_stack
 from cryoai.formats.table import ImageReferences, ParticleTable
 from cryoai.image_paths import find_image_file, image_roots, places_tried
 from cryoai.limits import SMALLEST_BOX
+from cryoai.working_box import commonest_image, default_working_box
 
 __all__ = ["FoundStacks", "find_stacks", "judge_headers", "judge_references"]
 
@@ -90,8 +91,21 @@ class FoundStacks:
     @property
     def commonest_box(self) -> int:
         """Side of the images of most particles in pixels; 0 where none is known and large enough."""
-        sizes, counts = np.unique(self.boxes[self.boxes >= SMALLEST_BOX], return_counts=True)
-        return int(sizes[counts.argmax()]) if len(sizes) else 0
+        return self.commonest_image[1]
+
+    @cached_property
+    def commonest_image(self) -> tuple[float, int]:
+        """Pixel size in Å and side in pixels of most images; a side of 0 where none is known and large enough."""
+        known = self.boxes >= SMALLEST_BOX
+        if known.any():
+            return commonest_image(self.table.pixel_size_in_angstroms[known], self.boxes[known])
+        return commonest_image(self.table.pixel_size_in_angstroms, np.zeros_like(self.boxes))
+
+    @property
+    def default_working_box(self) -> int:
+        """The box of a run that does not ask for one; 0 where no box is known."""
+        known = self.boxes >= SMALLEST_BOX
+        return default_working_box(self.table.pixel_size_in_angstroms[known], self.boxes[known]) if known.any() else 0
 
     def of_particles(self, chosen: Rows) -> tuple[ParticleTable, tuple[MrcStack, ...]]:
         """Some particles whose images are readable, and the stacks that hold them."""

@@ -14,11 +14,10 @@ from cyclopts import Parameter
 
 from cryoai import __version__
 from cryoai.alignment import FrameChange
-from cryoai.errors import InputError
-from cryoai.evaluation import PoseErrors, map_errors, pose_errors
+from cryoai.comparison import compare_poses
+from cryoai.evaluation import PoseErrors, map_errors
 from cryoai.formats.mrc import read_map
 from cryoai.hardware import choose_device, matrix_dtype
-from cryoai.pose_files import read_poses
 from cryoai.runs import RunFolder, finite_or_none
 from cryoai.simulation import resample_map
 
@@ -39,7 +38,7 @@ def evaluate(
     Parameters
     ----------
     truth
-        STAR file with the true poses of the same particles in the same order.
+        File with the true poses; particles are matched by the names of their images.
     true_map
         True map; any box and pixel size.
     as_json
@@ -61,15 +60,11 @@ def info() -> None:
 
 def evaluate_run(run: RunFolder, truth: Path, true_map: Path | None, *, as_json: bool = False) -> None:
     """Compare a run with the truth; print it and write it to the run folder."""
-    true_poses = read_poses(truth)
-    poses = read_poses(run.particles)
-    if len(poses) != len(true_poses):
-        raise InputError(f"{truth}: {len(true_poses)} particles, but {run.path} has {len(poses)}; give the same ones")
-    final = pose_errors(poses, true_poses)
+    final = compare_poses(run.particles, truth).errors
     report: dict[str, Any] = {"poses": _numbers(final)}
     rows = [("final poses", final)]
     if run.encoder_particles.is_file():
-        encoder = pose_errors(read_poses(run.encoder_particles), true_poses)
+        encoder = compare_poses(run.encoder_particles, truth).errors
         report["encoder_poses"] = _numbers(encoder)
         rows.append(("encoder's own", encoder))
     if true_map is not None:

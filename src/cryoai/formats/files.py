@@ -64,11 +64,15 @@ def check_is_file(path: Path, wanted: str) -> None:
     Raises
     ------
     InputError
-        If it is missing, or a folder.
+        If it is missing, a folder, or cannot be looked at.
     """
-    if not is_file(path):
+    try:
+        if path.is_file():
+            return
         fault = "a folder" if path.is_dir() else "no such file"
-        raise InputError(f"{path}: {fault}; give {wanted}")
+    except OSError as error:
+        fault = f"cannot be read ({error.strerror})"
+    raise InputError(f"{path}: {fault}; give {wanted}")
 
 
 def read_start(path: Path, n_bytes: int) -> bytes:

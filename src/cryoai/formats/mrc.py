@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from mrcfile.dtypes import HEADER_DTYPE
 from numpy.typing import NDArray
 
 from cryoai.errors import InputError
-from cryoai.formats.files import atomic_path, check_is_file, check_not_a_pointer, read_start
+from cryoai.formats.files import atomic_path, check_is_file, check_not_a_pointer, read_start, shown
 from cryoai.formats.numbers import is_positive
 
 __all__ = ["MrcMap", "MrcStack", "StackWriter", "open_stack", "read_map", "write_map"]
@@ -163,6 +164,9 @@ class _Header:
             If it is none, or announces what cannot be or is not read.
         """
         check_not_a_pointer(path, start)
+        if re.fullmatch(rb"\.{0,2}/[^\s\0]+\s*", start):
+            target = shown(start.decode(errors="replace").strip(), 200)
+            raise InputError(f"{path}: a link to {target} kept as a text, not the file itself; fetch that file")
         if len(start) < _HEADER_BYTES:
             length = f"{len(start)} bytes, of which a header alone has {_HEADER_BYTES}" if start else "it is empty"
             raise InputError(f"{path}: not a readable MRC file ({length}); give an .mrc or .mrcs file")
@@ -172,10 +176,9 @@ class _Header:
         if mode in (3, 4):
             raise InputError(f"{path}: holds complex values (MRC mode {mode}); real-space images are needed")
         if mode not in _TYPES:
-            raise InputError(
-                f"{path}: not a readable MRC file (its mode is {mode}, and not one of 0, 1, 2, 6, 12); "
-                "give an .mrc or .mrcs file of such a mode"
-            )
+            is_mrc = start[_MAP_WORD : _MAP_WORD + 3] == b"MAP"
+            fault = f"its mode is {mode}; 0, 1, 2, 6 and 12 are read" if is_mrc else "it has no MRC header"
+            raise InputError(f"{path}: not a readable MRC file ({fault}); give an .mrc or .mrcs file")
         if min(n_columns, n_rows, n_sections) < 1:
             sizes = (n_columns, n_rows, n_sections)
             raise InputError(f"{path}: the MRC header announces sizes {sizes}; they must be positive: copy it again")
@@ -242,7 +245,8 @@ def _unpacked_map(path: Path, unpack: _Unpacker) -> tuple[_Header, NDArray[np.ge
             header = _Header.parse(path, file.read(_HEADER_BYTES))
             _check_map(path, header)
             if header.end_in_bytes > _MOST_UNPACKED_BYTES:
-                raise InputError(f"{path}: its header announces {header.end_in_bytes} bytes; decompress it")
+                size = f"its header announces {header.end_in_bytes} bytes, which is too much to do in memory"
+                raise InputError(f"{path}: {size}: decompress it")
             content = bytearray()
             # In pieces: what is not there takes no memory.
             while len(content) < header.end_in_bytes - _HEADER_BYTES and (piece := file.read(_PIECE)):

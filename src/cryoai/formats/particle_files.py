@@ -66,8 +66,6 @@ def file_kind(path: Path) -> FileKind:
     InputError
         If it is missing, empty or not of any of these kinds; what is known of it is said.
     """
-    if path.is_dir():
-        raise InputError(f"{path}: a folder; give a file of particles in it: {_KNOWN}")
     check_is_file(path, _KNOWN)
     start = _readable_start(path)
     suffix = path.suffix.lower()

@@ -21,7 +21,7 @@ from cryoai.errors import InputError
 from cryoai.formats.files import atomic_path
 from cryoai.hardware import choose_device
 from cryoai.inference import TrainedEncoder
-from cryoai.limits import FEWEST_PARTICLES, LARGEST_DEFAULT_BOX
+from cryoai.limits import FEWEST_PARTICLES
 from cryoai.noise import NoiseSpectrum, fit_z_scores
 from cryoai.particle_stack import Fault, ParticleStack
 from cryoai.particles import PreparedParticles, prepare_particles
@@ -36,6 +36,7 @@ from cryoai.training.stages import (
     Estimate,
     Stage,
 )
+from cryoai.working_box import default_working_box
 
 __all__ = ["PoseSources", "Reconstruction", "reconstruct"]
 
@@ -182,7 +183,7 @@ def _working_box(particles: ParticleStack, settings: Settings) -> int:
         raise InputError(
             f"{particles.table.path}: {particles.n_particles} particles; at least {FEWEST_PARTICLES} are needed"
         )
-    box = settings.box or min(particles.n_pixels, LARGEST_DEFAULT_BOX)
+    box = settings.box or default_working_box(particles.table.pixel_size_in_angstroms, particles.image_sizes)
     if box > particles.n_pixels:
         raise InputError(f"--box {box}: the images have {particles.n_pixels} pixels; give at most that")
     if "amortized" in settings.stages and settings.amortized.box > box:

@@ -106,7 +106,7 @@ class Dataset:
                 f"{self.path}: {name} is of type {stored.dtype} and shape {stored.shape[1:]} for each particle; "
                 f"{'a number is' if size == 1 else f'{size} numbers are'} needed: export it again"
             )
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             values = stored.astype(np.float64)
         bad = np.flatnonzero(~is_number(values).reshape(len(self), -1).all(axis=1))
         if len(bad):

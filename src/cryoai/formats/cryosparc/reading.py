@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from cryoai.errors import InputError
@@ -99,12 +100,20 @@ def image_references(data: Dataset) -> ImageReferences:
     bad = np.flatnonzero((index < 0) | (index >= 2**31))
     if len(bad):
         raise InputError(f"{data.path}: blob/idx of particle row {bad[0] + 1} is {index[bad[0]]}; export it again")
+    if paths.dtype.kind == "U" and not _is_text(paths):
+        raise InputError(f"{data.path}: blob/path holds what are no characters; it is damaged: export it again")
     # Particles of one stack mostly stand together: one look at each run of them.
     starts = np.flatnonzero(np.concatenate([[True], paths[1:] != paths[:-1]]))
     stacks: dict[str, int] = {}
     numbers = [stacks.setdefault(_image_name(data.path, row, paths[row]), len(stacks)) for row in starts.tolist()]
     stack = np.repeat(np.array(numbers, dtype=np.int32), np.diff(np.append(starts, len(paths))))
     return ImageReferences(tuple(stacks), stack, index.astype(np.int32))
+
+
+def _is_text(words: NDArray[np.str_]) -> bool:
+    """Whether all characters are such: NumPy does not see to it."""
+    codes = np.ascontiguousarray(words, dtype=words.dtype.newbyteorder("=")).view(np.uint32)
+    return bool(((codes < 0xD800) | ((codes > 0xDFFF) & (codes <= 0x10FFFF))).all())
 
 
 def _image_name(path: Path, row: int, stored: bytes | str) -> str:

@@ -13,6 +13,8 @@ from cryoai.formats.files import shown
 
 __all__ = ["Line", "star_lines", "tokens", "unquoted"]
 
+_QUOTED = re.compile(r"""'.*?'(?=\s|$)|".*?"(?=\s|$)|\S+""")
+_FEW_QUOTES = 16
 _WORD = re.compile(r"\S+")
 _CLOSING = {quote: re.compile(rf"{quote}(?=\s|$)") for quote in "'\""}
 
@@ -72,13 +74,15 @@ def tokens(text: str) -> list[str]:
 
 def _quoted_words(text: str) -> list[str]:
     """Words, of which those that a quote begins go on to the next such quote before white space, if there is one."""
+    if text.count("'") + text.count('"') <= _FEW_QUOTES:
+        return _QUOTED.findall(text)
+    # The expression searches to the end for each quote that is never closed; so many are looked up all at once.
     closing: dict[str, list[int]] = {}
     words, end = [], 0
     while found := _WORD.search(text, end):
         start, end = found.span()
         quote = text[start]
         if quote in _CLOSING:
-            # All at once: a search for each of many that are never closed would take the square of the time.
             if quote not in closing:
                 closing[quote] = [match.start() for match in _CLOSING[quote].finditer(text)]
             following = bisect_right(closing[quote], start)

@@ -167,7 +167,7 @@ class _Table:
     def add_line(self, kind: str, text: str) -> None:
         if kind == "loop":
             if self.columns:
-                self.fail(f"the table data_{shown(self.name)} has two parts; make them two tables")
+                self.fail(f"the table data_{shown(self.name)} has two loops; join them, or make them two tables")
             self.is_loop = True
         elif kind == "row":
             self.pending.append(tokens(text))
@@ -324,8 +324,10 @@ class _Columns:
         name = "rlnOpticsGroup"
         if self.optics is None:
             return np.zeros(0, dtype=np.int64)
-        if name not in self.optics.numbers or name not in self.particles.numbers:
-            raise InputError(f"{self.path}: {name} is missing from data_optics or the particle table; add it")
+        for table in (self.optics, self.particles):
+            if name not in table.numbers:
+                where = f"the table data_{shown(table.name)}"
+                raise InputError(f"{self.path}: {name} is missing from {where}; add it, or write the file again")
         groups = self._values(self.optics, name, "optics")
         wanted = self._values(self.particles, name, "particle")
         order = np.argsort(groups, kind="stable")

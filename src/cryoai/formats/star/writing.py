@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cryoai.errors import InputError
-from cryoai.formats.files import atomic_path, file_fingerprint
+from cryoai.formats.files import atomic_path, file_fingerprint, shown
 from cryoai.formats.star.lines import star_lines, tokens
 from cryoai.formats.star.names import ANGLES, IMAGE, MICROSCOPE, ORIGINS
-from cryoai.formats.table import ImageReferences, ParticleTable, PoseColumns, StarLayout
+from cryoai.formats.table import ParticleTable, PoseColumns, StarLayout
 
 __all__ = ["rewrite_star", "write_star"]
 
@@ -100,7 +100,7 @@ def write_star(
         particles |= dict(zip(ORIGINS, poses.origins_in_angstroms.T, strict=False))
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as out:
         _write_loop(out, "optics", optics)
-        _write_loop(out, "particles", {IMAGE: _ImageNames(table.images), **particles, **extra})
+        _write_loop(out, "particles", {IMAGE: _ImageNames(table), **particles, **extra})
 
 
 def _copy_with(
@@ -159,14 +159,23 @@ def _rows_in_order(layout: StarLayout, rows: NDArray[np.int64]) -> Iterator[list
 class _ImageNames:
     """The column of image names, made as it is written."""
 
-    images: ImageReferences
+    table: ParticleTable
 
     def __len__(self) -> int:
-        return len(self.images.index)
+        return len(self.table)
 
     def __getitem__(self, some: slice) -> NDArray[np.str_]:
-        pairs = zip(self.images.index[some].tolist(), self.images.stack[some].tolist(), strict=True)
-        return np.array([_quoted(f"{index + 1:06d}@{self.images.names[stack]}") for index, stack in pairs])
+        images = self.table.images
+        pairs = zip(images.index[some].tolist(), images.stack[some].tolist(), strict=True)
+        return np.array([self._cell(index, images.names[stack]) for index, stack in pairs])
+
+    def _cell(self, index: int, stack: str) -> str:
+        cell = _quoted(f"{index + 1:06d}@{stack}")
+        if cell is None:
+            raise InputError(
+                f"{self.table.path}: a STAR file cannot hold '{shown(stack, 200)}' as the name of a stack; rename it"
+            )
+        return cell
 
 
 def _write_loop(out: TextIO, name: str, columns: Mapping[str, NDArray[np.generic] | _ImageNames]) -> None:
@@ -179,8 +188,14 @@ def _write_loop(out: TextIO, name: str, columns: Mapping[str, NDArray[np.generic
     out.write("\n")
 
 
-def _quoted(word: str) -> str:
-    return f'"{word}"' if re.search(r"\s", word) else word
+def _quoted(word: str) -> str | None:
+    """A value as it stands in a row: in quotes, where it has white space; None where they would end before it does."""
+    if not re.search(r"\s", word):
+        return word
+    for quote in "\"'":
+        if not re.search(rf"{quote}\s|[\r\n]", word):
+            return f"{quote}{word}{quote}"
+    return None
 
 
 def _formatted(values: NDArray[np.generic]) -> list[str]:
