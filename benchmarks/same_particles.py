@@ -21,12 +21,10 @@ import mrcfile
 import numpy as np
 import torch
 
-from cryoai.evaluation import pose_errors
+from cryoai.comparison import compare_poses
+from cryoai.evaluation import map_errors
 from cryoai.formats.mrc import read_map
-from cryoai.formats.star import read_star
 from cryoai.fourier import fourier_shell_correlation
-from cryoai.pose_files import read_poses
-from cryoai.poses import angular_distance_in_degrees
 from provenance import provenance
 
 SPOILED = (17, 4321, 7777)
@@ -78,7 +76,7 @@ def cryosparc(stack: Path, folder: Path) -> Path:
     (folder / "particles.mrcs").symlink_to(stack / "particles.mrcs")
     n, box = len(particles["rlnImageName"]), int(optics["rlnImageSize"][0])
     fields = {
-        "uid": (np.arange(n) * 2654435761 % 2**63).astype(np.uint64),
+        "uid": np.arange(1, n + 1, dtype=np.uint64) * np.uint64(2654435761),
         "blob/path": np.full(n, b">particles.mrcs"),
         "blob/idx": np.array([int(name.split("@")[0]) - 1 for name in particles["rlnImageName"]], dtype=np.uint32),
         "blob/shape": np.full((n, 2), box, dtype=np.uint32),
@@ -163,22 +161,26 @@ def run_of(variant: str, stack: Path, folder: Path, flags: list[str]) -> tuple[P
 
 
 def compared(run: Path, reference: Path, truth: Path) -> dict[str, object]:
-    """Differences of a run from the first one, particle by particle of the same image, and from the truth."""
-    paths = [path / "particles.star" for path in (run, reference)]
-    # The truth is in the order of the images.
-    poses = [read_poses(path)[torch.from_numpy(np.argsort(read_star(path).images.index))] for path in paths]
-    apart = angular_distance_in_degrees(poses[0].rotations, poses[1].rotations)
-    maps = [torch.from_numpy(read_map(path / "map.mrc").density) for path in (run, reference)]
-    fsc = fourier_shell_correlation(*maps)
+    """Differences of a run from the first one, after alignment, and from the truth."""
+    between = compare_poses(run / "particles.star", reference / "particles.star").errors
+    maps = [read_map(path / "map.mrc") for path in (run, reference)]
+    densities = [torch.from_numpy(density.density) for density in maps]
+    # To turn a map costs a little of its highest frequencies: where nothing is turned, nothing is interpolated.
+    same_frame = not between.mirrored and between.frame.rotation.trace() > 3 - 1e-6
+    if same_frame:
+        fsc = fourier_shell_correlation(*densities)
+    else:
+        fsc = map_errors(*densities, maps[0].pixel_size_in_angstroms, between.frame).fsc
     summary = json.loads((run / "summary.json").read_text())
-    extent = maps[0].shape[0] * summary["pixel_size_in_angstroms"]
+    extent = len(densities[0]) * maps[0].pixel_size_in_angstroms
     last = round(extent / summary["resolution_in_angstroms"])
-    errors = pose_errors(poses[0], read_poses(truth))
+    errors = compare_poses(run / "particles.star", truth).errors
     return {
-        "worst_fsc_to_the_resolution": round(float(fsc[1 : last + 1].min()), 5),
+        "same_frame_as_the_first": bool(same_frame),
+        "worst_fsc_with_the_first_to_the_resolution": round(float(fsc[1 : last + 1].min()), 5),
         "resolution_in_angstroms": summary["resolution_in_angstroms"],
-        "median_rotation_from_the_first_in_degrees": round(float(apart.median()), 4),
-        "share_within_5_degrees_of_the_first": round(float((apart < 5).float().mean()), 4),
+        "median_rotation_from_the_first_in_degrees": round(between.median_rotation_error_in_degrees, 4),
+        "within_5_degrees_of_the_first": round(between.within_5_degrees, 4),
         "median_rotation_error_in_degrees": round(errors.median_rotation_error_in_degrees, 3),
         "within_5_degrees": round(errors.within_5_degrees, 4),
         "n_quarantined": summary["n_quarantined"],
