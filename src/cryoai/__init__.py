@@ -15,11 +15,15 @@ half maps, **evaluation** judges them.
 __version__ = "0.1.0"
 
 from cryoai.alignment import FrameChange, align_maps, align_poses
+from cryoai.checks import check_particles
+from cryoai.comparison import compare
 from cryoai.encoder import ConvolutionalEncoder, PolarEncoder
 from cryoai.errors import InputError, RunFailedError
 from cryoai.evaluation import map_errors, pose_errors
+from cryoai.export import export_run
 from cryoai.formats.mrc import read_map, write_map
 from cryoai.fourier import FourierDisc, fourier_shell_correlation
+from cryoai.hand import flip_hand
 from cryoai.imaging import ImagingModel
 from cryoai.model import CryoAI
 from cryoai.optics import Optics, contrast_transfer_function
@@ -53,7 +57,11 @@ __all__ = [
     "VoxelVolume",
     "align_maps",
     "align_poses",
+    "check_particles",
+    "compare",
     "contrast_transfer_function",
+    "export_run",
+    "flip_hand",
     "fourier_shell_correlation",
     "map_errors",
     "pose_errors",
