@@ -319,6 +319,7 @@ def _write(
             "particles": str(stack.table.path.resolve()),
             "n_particles": stack.n_particles,
             "n_quarantined": len(result.faults),
+            "hand_flipped": False,
             "box_in_pixels": particles.n_pixels,
             "pixel_size_in_angstroms": pixel_size,
             "resolution_in_angstroms": finite_or_none(result.resolution_in_angstroms),
