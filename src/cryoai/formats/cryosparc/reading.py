@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation
 from cryoai.errors import InputError
 from cryoai.formats.cryosparc.dataset import Dataset
 from cryoai.formats.files import shown
-from cryoai.formats.table import ImageReferences, ParticleTable, PoseColumns
+from cryoai.formats.table import FloatColumn, ImageReferences, ParticleTable, PoseColumns
 
 __all__ = ["ABERRATIONS", "image_references", "read_cryosparc", "read_cryosparc_poses"]
 
@@ -53,9 +53,9 @@ def read_cryosparc(path: Path, passthrough: Sequence[Path] = ()) -> ParticleTabl
         amplitude_contrast=data.required("ctf/amp_contrast"),
         defocus_u_in_angstroms=data.required("ctf/df1_A"),
         defocus_v_in_angstroms=data.required("ctf/df2_A"),
-        defocus_angle_in_degrees=np.rad2deg(data.required("ctf/df_angle_rad")),
+        defocus_angle_in_degrees=_degrees(data.required("ctf/df_angle_rad")),
         # Old versions leave these two out, which came with the phase plate and with refinement of the CTF.
-        phase_shift_in_degrees=np.rad2deg(data.optional("ctf/phase_shift_rad", 0.0)),
+        phase_shift_in_degrees=_degrees(data.optional("ctf/phase_shift_rad", 0.0)),
         b_factor_in_square_angstroms=data.optional("ctf/bfactor", 0.0),
         poses=_poses(data),
         star=None,
@@ -63,6 +63,11 @@ def read_cryosparc(path: Path, passthrough: Sequence[Path] = ()) -> ParticleTabl
             f"not applied: {kind} ({name})" for name, (kind, _) in ABERRATIONS.items() if _is_set(data, name)
         ),
     )
+
+
+def _degrees(radians: FloatColumn) -> FloatColumn:
+    """Angles in degrees, to as many digits as single-precision radians hold: what was 36.7° is 36.7° again."""
+    return np.rad2deg(radians).round(4)
 
 
 def read_cryosparc_poses(path: Path, passthrough: Sequence[Path] = ()) -> PoseColumns | None:
