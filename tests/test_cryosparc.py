@@ -193,7 +193,9 @@ def test_shifts_are_in_pixels_of_the_alignment_and_paths_lose_the_mark_of_an_imp
     assert len(table.images.names) == 3
     expected = COLUMNS["alignments3D/shift"] * np.array([3, 3, 4, 4, 2])[:, None]
     np.testing.assert_allclose(table.poses.origins_in_angstroms, expected, rtol=1e-6)
-    np.testing.assert_allclose(table.phase_shift_in_degrees, np.rad2deg(COLUMNS["ctf/phase_shift_rad"]), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        table.phase_shift_in_degrees, np.rad2deg(COLUMNS["ctf/phase_shift_rad"]), rtol=0, atol=1e-4
+    )
     np.testing.assert_array_equal(table.b_factor_in_square_angstroms, COLUMNS["ctf/bfactor"])
 
 
