@@ -1,0 +1,1 @@
+"""What half maps, masks and poses say about a result: pure functions, from tensors to judgements."""
