@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 import torch
 
+from cryoai.errors import InputError
 from cryoai.formats.mrc import MrcMap, read_map
 from cryoai.formats.star import read_star
 from cryoai.fourier import FourierDisc, HalfLattice, transform_map
 from cryoai.imaging import ImagingModel
 from cryoai.particle_stack import ParticleStack
-from cryoai.poses import angular_distance_in_degrees, rotation_grid
+from cryoai.poses import Poses, angular_distance_in_degrees, rotation_grid, rotations_from_euler_angles
 from cryoai.simulation import Microscope, exact_transform, protein_like_phantom, resample_map, simulate
 from cryoai.volumes import SampledVolume
 from stacks import correlations, files_in, plain_parse
@@ -95,6 +96,27 @@ def test_the_true_map_at_the_true_poses_predicts_the_images(phantom, tmp_path):
     volume = SampledVolume.from_map(torch.from_numpy(read_map(simulation.true_map).density), disc.max_radius)
     predicted = disc.to_images(imaging.predict(volume, stack.poses, stack.optics))
     assert correlations(predicted, stack.images(torch.arange(40))).min() > 0.999
+
+
+def test_orientations_that_are_given_are_those_of_the_particles(phantom, tmp_path):
+    generator = torch.Generator().manual_seed(5)
+    # Looked at along an axis of its own, and turned in the plane of the image.
+    angles = torch.stack([torch.full((30,), 20.0), torch.full((30,), 65.0), 360 * torch.rand(30, generator=generator)])
+    rotations = rotations_from_euler_angles(angles.T)
+    simulation = simulate(phantom, tmp_path, n_particles=30, snr=1e4, seed=2, rotations=rotations, **OPTIONS)
+    stack = ParticleStack.open(simulation.truth)
+    assert angular_distance_in_degrees(stack.poses.rotations, rotations).max() < 1e-2
+    disc = FourierDisc.of_box(64)
+    volume = SampledVolume.from_map(torch.from_numpy(read_map(simulation.true_map).density), disc.max_radius)
+    poses = Poses(rotations, stack.poses.shifts_in_angstroms)
+    predicted = disc.to_images(ImagingModel(disc, 3.5, disc.max_radius).predict(volume, poses, stack.optics))
+    assert correlations(predicted, stack.images(torch.arange(30))).min() > 0.999
+
+
+def test_rotations_of_another_number_of_particles_are_refused(phantom, tmp_path):
+    with pytest.raises(InputError, match=r"rotations of shape \(3, 3, 3\): give \(4, 3, 3\), one a particle"):
+        simulate(phantom, tmp_path, n_particles=4, snr=1, seed=0, rotations=torch.eye(3).expand(3, 3, 3), **OPTIONS)
+    assert files_in(tmp_path) == []
 
 
 def test_shifts_have_the_deviation_and_defoci_the_range_asked_for(phantom, tmp_path):

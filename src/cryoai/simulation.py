@@ -196,28 +196,33 @@ def simulate(
     seed: int,
     microscope: Microscope = Microscope(),
     shift_standard_deviation_in_angstroms: float = 0.0,
+    rotations: Tensor | None = None,
     progress: Callable[[int], object] = lambda _n_done: None,
 ) -> Simulation:
     """Write ``particles.mrcs``, ``particles.star`` (no poses), ``truth.star`` and ``truth.mrc``.
 
-    Orientations are uniform, shifts normal in each axis, noise white and Gaussian with unit
-    variance.
+    Orientations are uniform unless they are given, shifts normal in each axis, noise white and
+    Gaussian with unit variance.
 
     Parameters
     ----------
     snr
         Variance of the signal after the CTF over the variance of the noise, both over the whole box.
+    rotations : (n_particles, 3, 3)
+        Orientations to use, such as those of particles that lie on one side.
 
     Raises
     ------
     InputError
-        If a file cannot be written.
+        If there are not as many rotations as particles, or a file cannot be written.
     """
+    if rotations is not None and rotations.shape != (n_particles, 3, 3):
+        raise InputError(f"rotations of shape {tuple(rotations.shape)}: give ({n_particles}, 3, 3), one a particle")
     generator = torch.Generator().manual_seed(seed)
     disc = FourierDisc.of_box(n_pixels)
     optics = microscope.draw(n_particles, pixel_size_in_angstroms, generator)
     poses = Poses(
-        roma.random_rotmat(n_particles, generator=generator),
+        roma.random_rotmat(n_particles, generator=generator) if rotations is None else rotations.float(),
         shift_standard_deviation_in_angstroms * torch.randn(n_particles, 2, generator=generator),
     )
 
