@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cryoai.alignment import FrameChange, align_maps, change_frame
 from cryoai.errors import InputError
-from cryoai.evaluation import MapErrors, PoseErrors, map_errors, pose_errors
+from cryoai.evaluation import MapErrors, PoseErrors, map_errors, pose_errors, up_to_symmetry
 from cryoai.formats.cryodrgn import read_cryodrgn_poses
 from cryoai.formats.cryosparc.dataset import Dataset
 from cryoai.formats.cryosparc.reading import image_references
@@ -40,6 +40,7 @@ from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.reconstruction import particle_mask
 from cryoai.runs import RunFolder, finite_or_none
 from cryoai.simulation import resample_map
+from cryoai.symmetry.groups import PointGroup
 
 __all__ = ["AlignedMaps", "Comparison", "MapComparison", "PoseComparison", "compare", "compare_maps", "compare_poses"]
 
@@ -283,7 +284,8 @@ def compare(
     sides = _Side.of(first), _Side.of(second)
     poses = maps = None
     if sides[0].particles is not None and sides[1].particles is not None:
-        poses = _compare_poses(*(_read_posed(*pair, extent_in_angstroms, passthrough) for pair in (sides, sides[::-1])))
+        found, reference = (_read_posed(*pair, extent_in_angstroms, passthrough) for pair in (sides, sides[::-1]))
+        poses = _compare_poses(found, reference, PointGroup.named("C1"))
     if sides[0].map is not None and sides[1].map is not None:
         densities = _read_density(sides[0].map), _read_density(sides[1].map)
         maps = compare_maps(*densities, None if poses is None else poses.errors.frame)
@@ -292,10 +294,11 @@ def compare(
     return Comparison(first, second, poses, maps)
 
 
-def compare_poses(first: Path, second: Path) -> PoseComparison:
-    """Compare the poses in two files of particles; see :func:`compare`."""
+def compare_poses(first: Path, second: Path, symmetry: str = "C1") -> PoseComparison:
+    """Compare the poses in two files of particles, up to the symmetry of the first; see :func:`compare`."""
     sides = _Side(first, first, None), _Side(second, second, None)
-    return _compare_poses(*(_read_posed(*pair, None, ()) for pair in (sides, sides[::-1])))
+    found, reference = (_read_posed(*pair, None, ()) for pair in (sides, sides[::-1]))
+    return _compare_poses(found, reference, PointGroup.named(symmetry))
 
 
 @dataclass(frozen=True)
@@ -376,7 +379,7 @@ def _quarantined(table: ParticleTable) -> NDArray[np.bool_] | None:
     return np.array([tokens(text)[place] != "0" for text in rows])
 
 
-def _compare_poses(first: _Posed, second: _Posed) -> PoseComparison:
+def _compare_poses(first: _Posed, second: _Posed, group: PointGroup) -> PoseComparison:
     matching = match_images(first.images, second.images)
     matching = matching.only(first.used[matching.first] & second.used[matching.second])
     if len(matching) < _FEWEST_PARTICLES:
@@ -386,6 +389,8 @@ def _compare_poses(first: _Posed, second: _Posed) -> PoseComparison:
         )
     found = first.poses[torch.from_numpy(matching.first)]
     reference = second.poses[torch.from_numpy(matching.second)]
+    if len(group) > 1:
+        found = up_to_symmetry(found, reference, group)
     errors = pose_errors(found, reference)
     aligned = errors.frame.of_poses(found)
     named = (second.images, matching.second) if first.images.references is None else (first.images, matching.first)

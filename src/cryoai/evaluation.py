@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from cryoai.alignment import FrameChange, align_poses, change_frame
 from cryoai.fourier import fourier_shell_correlation, n_shells_above
 from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.reconstruction import particle_mask
+from cryoai.symmetry.groups import PointGroup, nearest_mates
 
-__all__ = ["MapErrors", "PoseErrors", "map_errors", "pose_errors", "resolution_in_angstroms"]
+__all__ = ["MapErrors", "PoseErrors", "map_errors", "pose_errors", "resolution_in_angstroms", "up_to_symmetry"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +33,17 @@ class PoseErrors:
     median_shift_error_in_angstroms: float
     mirrored: bool
     frame: FrameChange
+
+
+def up_to_symmetry(found: Poses, truth: Poses, group: PointGroup) -> Poses:
+    """Poses (N,) of a symmetric particle, each replaced by that of its equivalents that is nearest to the truth (N,).
+
+    The axes of the group are where they belong in the frame of what was found; that of the truth is unknown.
+    """
+    frame = align_poses(found, truth)
+    back = FrameChange(frame.rotation.T, mirrored=False, shift=torch.zeros(3))
+    mirror = FrameChange(torch.eye(3), mirrored=frame.mirrored, shift=torch.zeros(3))
+    return nearest_mates(found, mirror.of_poses(back.of_poses(truth)), group)
 
 
 def pose_errors(found: Poses, truth: Poses) -> PoseErrors:
@@ -63,20 +76,23 @@ def pose_errors(found: Poses, truth: Poses) -> PoseErrors:
 
 @dataclass(frozen=True, eq=False)
 class MapErrors:
-    """Agreement of a map with the true one: FSC (n // 2 + 1,) within a soft sphere, and where it falls."""
+    """Agreement of a map with the true one: FSC (n // 2 + 1,) within a mask, and where it falls."""
 
     fsc: Tensor
     resolution_at_half_in_angstroms: float
     resolution_at_0143_in_angstroms: float
 
 
-def map_errors(found: Tensor, truth: Tensor, pixel_size_in_angstroms: float, frame: FrameChange) -> MapErrors:
+def map_errors(
+    found: Tensor, truth: Tensor, pixel_size_in_angstroms: float, frame: FrameChange, mask: Tensor | None = None
+) -> MapErrors:
     """Compare a map (n, n, n), brought into the true frame, with the truth (n, n, n).
 
-    The frame comes from poses (shift in Å), so that the map itself is fitted to nothing.
+    The frame comes from poses (shift in Å), so that the map itself is fitted to nothing. ``mask`` (n, n, n) is in the
+    frame of ``found``; without one both are compared within a soft sphere.
     """
     in_pixels = FrameChange(frame.rotation, frame.mirrored, frame.shift / pixel_size_in_angstroms)
-    mask = particle_mask(truth.shape[-1])
+    mask = particle_mask(truth.shape[-1]) if mask is None else change_frame(mask, in_pixels)
     fsc = fourier_shell_correlation(change_frame(found, in_pixels) * mask, truth * mask)
     return MapErrors(
         fsc,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import tomllib
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +32,7 @@ def evaluate(
     true_map: Annotated[Path | None, Parameter(name="--map")] = None,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Compare the poses and the map of a run with the truth, up to rotation, shift and hand.
+    """Compare the poses and the map of a run with the truth, up to rotation, shift, hand, and the symmetry of the run.
 
     Also written to evaluation.json in the run folder.
 
@@ -60,15 +61,19 @@ def info() -> None:
 
 def evaluate_run(run: RunFolder, truth: Path, true_map: Path | None, *, as_json: bool = False) -> None:
     """Compare a run with the truth; print it and write it to the run folder."""
-    final = compare_poses(run.particles, truth).errors
+    symmetry = tomllib.loads(run.settings.read_text(encoding="utf-8")).get("symmetry", "C1")
+    final = compare_poses(run.particles, truth, symmetry).errors
     report: dict[str, Any] = {"poses": _numbers(final)}
     rows = [("final poses", final)]
     if run.encoder_particles.is_file():
-        encoder = compare_poses(run.encoder_particles, truth).errors
+        encoder = compare_poses(run.encoder_particles, truth, symmetry).errors
         report["encoder_poses"] = _numbers(encoder)
         rows.append(("encoder's own", encoder))
     if true_map is not None:
-        report["map"] = _map_report(run, true_map, final.frame)
+        report["map"] = _map_report(run, true_map, final.frame, None)
+        if run.mask.is_file():
+            mask = torch.from_numpy(read_map(run.mask).density)
+            report["map_within_mask"] = _map_report(run, true_map, final.frame, mask)
     run.write_json(run.evaluation, report)
     if as_json:
         print(json.dumps(report, indent=2))
@@ -80,22 +85,23 @@ def evaluate_run(run: RunFolder, truth: Path, true_map: Path | None, *, as_json:
             f"{e.within_10_degrees:7.1%} {e.median_shift_error_in_angstroms:6.2f} Å"
         )
     print(f"hand: {'mirrored (images alone cannot tell)' if final.mirrored else 'as in the truth'}")
-    if "map" in report:
-        for threshold in ("0.5", "0.143"):
-            period = report["map"][f"resolution_at_fsc_{threshold}"]
-            print(f"map against truth: FSC {threshold} at {'no shell' if period is None else f'{period:.1f} Å'}")
+    for name, where in (("map", "a soft sphere"), ("map_within_mask", "the mask of the run")):
+        if name in report:
+            at = [report[name][f"resolution_at_fsc_{threshold}"] for threshold in ("0.5", "0.143")]
+            half, low = ("no shell" if period is None else f"{period:.1f} Å" for period in at)
+            print(f"map against truth within {where}: FSC 0.5 at {half}, 0.143 at {low}")
 
 
 def _numbers(errors: PoseErrors) -> dict[str, float | bool]:
     return {k: v for k, v in asdict(errors).items() if k != "frame"}
 
 
-def _map_report(run: RunFolder, true_map: Path, frame: FrameChange) -> dict[str, Any]:
+def _map_report(run: RunFolder, true_map: Path, frame: FrameChange, mask: torch.Tensor | None) -> dict[str, Any]:
     found, truth = read_map(run.map), read_map(true_map)
     n, pixel_size = found.density.shape[0], found.pixel_size_in_angstroms
     if truth.density.shape[0] != n or abs(truth.pixel_size_in_angstroms - pixel_size) > 1e-3 * pixel_size:
         truth = resample_map(truth, n, pixel_size)
-    errors = map_errors(torch.from_numpy(found.density), torch.from_numpy(truth.density), pixel_size, frame)
+    errors = map_errors(torch.from_numpy(found.density), torch.from_numpy(truth.density), pixel_size, frame, mask)
     return {
         "resolution_at_fsc_0.5": finite_or_none(errors.resolution_at_half_in_angstroms),
         "resolution_at_fsc_0.143": finite_or_none(errors.resolution_at_0143_in_angstroms),
