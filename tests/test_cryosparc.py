@@ -227,6 +227,24 @@ def test_poses_are_read_from_a_dataset_that_holds_nothing_else(tmp_path):
     assert read_cryosparc_poses(save(tmp_path / "r.cs", {"uid": COLUMNS["uid"]})) is None
 
 
+def test_half_sets_are_read_and_faults_matter_only_to_those_who_ask_for_them(tmp_path):
+    table = read_cryosparc(save(tmp_path / "p.cs", COLUMNS))
+    np.testing.assert_array_equal(table.half_set, COLUMNS["alignments3D/split"])
+    np.testing.assert_array_equal(table.usable_half_set(), COLUMNS["alignments3D/split"])
+    split = COLUMNS["alignments3D/split"].copy()
+    split[3] = 2
+    for name, values, message in (
+        ("third", split, "alignments3D/split of particle row 4 is neither 0 nor 1; mend it, or give --half-sets new"),
+        ("one", np.ones(N, dtype="u4"), f"alignments3D/split is 0 for 0 of {N} particles; 10% of them at least"),
+        ("pairs", np.zeros((N, 2), dtype="u4"), "alignments3D/split of particle row 1 is neither 0 nor 1; mend it"),
+    ):
+        path = save(tmp_path / f"{name}.cs", COLUMNS | {"alignments3D/split": values})
+        assert refusal(read_cryosparc(path).usable_half_set).startswith(f"{path}: {message}")
+    path = save(tmp_path / "none.cs", without(COLUMNS, "alignments3D/split"))
+    assert read_cryosparc(path).half_set is None
+    assert refusal(read_cryosparc(path).usable_half_set).startswith(f"{path}: no half sets (alignments3D/split)")
+
+
 @pytest.mark.parametrize(
     ("name", "line"),
     [

@@ -16,7 +16,8 @@ from cryoai.errors import RunFailedError
 from cryoai.export import export_run
 from cryoai.formats.mrc import read_map
 from cryoai.formats.table import PoseColumns
-from cryoai.fourier import fourier_shell_correlation, n_shells_above, resize_map
+from cryoai.fourier import fourier_shell_correlation, n_shells_above, resize_map, soft_sphere
+from cryoai.half_maps import HalfMaps
 from cryoai.particle_stack import Fault, ParticleStack
 from cryoai.particles import prepare_particles
 from cryoai.pose_files import read_poses
@@ -340,11 +341,12 @@ def test_a_new_dataset_leads_to_the_images_and_knows_their_contrast(run, old, pr
     np.testing.assert_array_equal(again["uid"], bright["uid"])
     dark = np.load(export_run(old, "cryosparc", tmp_path / "dark.cs").path)
     assert (dark["blob/sign"] == -1).all()
-    for stored in (bright, dark):
+    # The other run's particles have no figure of merit.
+    for stored, merit in ((bright, column(run.particles, "rlnParticleFigureOfMerit")), (dark, 1)):
         assert (stored["blob/shape"] == SIZE).all()
         np.testing.assert_array_equal(stored["blob/idx"], np.arange(N))
         np.testing.assert_array_equal(stored["alignments3D/split"], column(run.particles, "rlnRandomSubset") - 1)
-        assert (stored["alignments3D/class_posterior"] == 1).all()
+        np.testing.assert_allclose(stored["alignments3D/class_posterior"], merit, atol=1e-6)
 
 
 def test_relion_is_led_to_the_stacks_of_a_dataset_by_names_that_it_takes(run, project, images, tmp_path):
@@ -447,6 +449,100 @@ def test_a_confidence_of_the_poses_becomes_cryosparcs_unless_it_is_no_probabilit
     np.testing.assert_allclose(stored["alignments3D/class_posterior"], expected, atol=1e-6)
 
 
+@pytest.fixture
+def with_merit(run, project, tmp_path):
+    """The run as if it were not sure of all of its poses, and how sure it is."""
+    merit = np.random.default_rng(0).random(N).round(6)
+    columns = plain_parse(project / "particles.star")
+    columns["particles"]["rlnParticleFigureOfMerit"] = [f"{value:.6f}" for value in merit]
+    write_star(project / "merit.star", columns["particles"], columns["optics"])
+    return run_from(run, tmp_path / "with_merit", project / "merit.star"), merit
+
+
+def test_only_particles_that_are_sure_enough_are_written(with_merit, output, tmp_path):
+    source, merit = with_merit
+    kept = np.flatnonzero(merit >= 0.4)
+    for target, name in (("relion", "out.star"), ("cryosparc", "out.cs")):
+        text = output("export", source.path, tmp_path / name, "--to", target, "--keep-confident", "0.4")
+        lines = text.splitlines()
+        assert lines[0] == f"{tmp_path / name}: {len(kept)} particles; {N - len(kept)} that are less sure left out"
+        assert "read back: FSC 0.999 to that of the same images in the run, and to the run's map at least 0.9" in text
+        assert text.endswith(f"(inside its mask, from {len(kept)} images)\n")
+    cells, everything = (plain_parse(path)["particles"] for path in (tmp_path / "out.star", source.particles))
+    assert cells == {name: [column[row] for row in kept] for name, column in everything.items()}
+    stored = np.load(tmp_path / "out.cs")
+    np.testing.assert_array_equal(stored["blob/idx"], kept)
+    np.testing.assert_allclose(stored["alignments3D/class_posterior"], merit[kept], atol=1e-6)
+    np.testing.assert_array_equal(stored["alignments3D/split"], column(source.particles, "rlnRandomSubset")[kept] - 1)
+
+
+def test_of_a_dataset_the_fields_of_the_surest_stay(run, project, images, tmp_path):
+    given = dataset(project, tmp_path / "foreign", images)
+    faults = [Fault(7, "image", "is constant")]
+    source = run_from(run, tmp_path / "run", given, sign=-1, faults=faults)
+    merit = np.linspace(0, 1, N).round(6)
+    stack = ParticleStack.open(given).keep_table(source.input_particles)
+    half_set = column(run.particles, "rlnRandomSubset").astype(int)
+    extra = {"rlnRandomSubset": half_set, "rlnParticleFigureOfMerit": merit}
+    stack.write(source.particles, read_poses(run.particles), extra, faults)
+    exported = export_run(source, "cryosparc", tmp_path / "out.cs", keep_confident=0.005)
+    kept = np.setdiff1d(np.flatnonzero(merit >= 0.005), [7])
+    assert (exported.n_particles, exported.n_left_out, exported.n_unsure) == (len(kept), 1, 3)
+    np.testing.assert_array_equal(np.load(exported.path)["uid"], np.load(given)["uid"][kept])
+
+
+def test_a_run_of_which_much_did_not_belong_can_be_exported_without_it(with_merit, tmp_path):
+    source, merit = with_merit
+    # Its map as particles at wrong poses spoil it: with far too much of the lowest frequencies.
+    found = read_map(source.map)
+    spoilt = torch.from_numpy(found.density) + 0.6 * float(np.abs(found.density).max()) * soft_sphere(BOX, 3.0, 6.0)
+    source.write_map(source.map, spoilt, found.pixel_size_in_angstroms)
+    with pytest.raises(RunFailedError, match="gives another map"):
+        export_run(source, "relion", tmp_path / "all.star")
+    exported = export_run(source, "relion", tmp_path / "some.star", keep_confident=0.5)
+    assert exported.n_particles == (merit >= 0.5).sum()
+    assert exported.check.worst_fsc < 0.95 < exported.check.worst_fsc_of_same
+
+
+def test_other_images_than_those_of_the_surest_are_noticed(with_merit, images, tmp_path):
+    source, _ = with_merit
+    (tmp_path / "other" / "Extract").mkdir(parents=True)
+    write_images(tmp_path / "other" / "Extract" / "particles.mrcs", images[::-1], PIXEL)
+    with pytest.raises(RunFailedError, match="holds the images of the run"):
+        export_run(source, "relion", tmp_path / "out.star", data_dir=tmp_path / "other", keep_confident=0.5)
+    assert not (tmp_path / "out.star").exists()
+
+
+KEPT = {
+    "0": (0.0, "--keep-confident 0.0: must be more than 0 and at most 1"),
+    "negative": (-0.5, "--keep-confident -0.5: must be"),
+    "more than 1": (1.01, "--keep-confident 1.01: must be"),
+    "no number": (float("nan"), "--keep-confident nan: must be"),
+    "too much": (0.999, "at least 20 are needed: give less"),
+}
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_a_confidence_that_makes_no_sense_is_refused(case, with_merit, tmp_path, complaint):
+    least, message = KEPT[case]
+    before = files_in(tmp_path)
+    out = tmp_path / "out.star"
+    assert message in complaint("export", with_merit[0].path, out, "--to", "relion", "--keep-confident", least)
+    assert files_in(tmp_path) == before
+
+
+def test_without_confidences_none_can_be_asked_for(run, with_merit, project, tmp_path):
+    source, _ = with_merit
+    # Another program's figures of merit came in with the particles, but the run found none.
+    summary = json.loads(source.summary.read_text())
+    source.write_json(source.summary, summary | {"confidence": None})
+    plain = run_from(run, tmp_path / "plain", project / "particles.star")
+    for without in (source, plain):
+        message = refusal(export_run, without, "relion", tmp_path / "out.star", keep_confident=0.5)
+        assert message.startswith(f"--keep-confident 0.5: {without.path} does not say how sure its poses are")
+    assert not (tmp_path / "out.star").exists()
+
+
 # ------------------------------------------------------------------------------ the check
 
 
@@ -477,6 +573,19 @@ MISTAKES = {
 }
 WRITERS = {"rewrite_star": ("run", "relion"), "write_cryosparc": ("run", "cryosparc")}
 WRITERS |= {"rewrite_cryosparc": ("foreign", "cryosparc")}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_poses_of_the_surest_is_noticed_too(mistake, with_merit, tmp_path, monkeypatch):
+    right = cryoai.export.rewrite_star
+
+    def wrong(*arguments):
+        right(*(MISTAKES[mistake](a) if isinstance(a, PoseColumns) else a for a in arguments))
+
+    monkeypatch.setattr(cryoai.export, "rewrite_star", wrong)
+    with pytest.raises(RunFailedError, match=r"gives another map than the run's: read back, FSC -?0\.\d\d within"):
+        export_run(with_merit[0], "relion", tmp_path / "out.star", keep_confident=0.5)
+    assert not (tmp_path / "out.star").exists()
 
 
 @pytest.mark.parametrize("writer", WRITERS)
@@ -560,7 +669,7 @@ def test_of_many_images_some_are_taken_and_the_shells_judged_in_which_they_can_s
         f"to {exported.check.period_in_angstroms:.1f} Å (inside its mask, from {N // 2} images)"
     )
     # So few would say nothing of a third of the shells.
-    monkeypatch.setattr(cryoai.read_back, "_ENOUGH_IMAGES", 20)
+    monkeypatch.setattr(cryoai.read_back, "_ENOUGH_IMAGES", 10)
     exported = export_run(run, "relion", tmp_path / "all.star")
     assert exported.check.n_images == N
     assert exported.check.period_in_angstroms == pytest.approx(resolution(run))
@@ -596,10 +705,10 @@ def test_optics_groups_of_other_pixels_and_strength_give_the_map_of_their_run(tm
     for half in (0, 1):
         rows = (half_set == half).nonzero().flatten()
         sets.sums[half].add(prepared.batch(rows), poses[rows], imaging, noise.precision(imaging))
-    maps = sets.half_maps()
+    maps = HalfMaps.of(sets, prepared.pixel_size_in_angstroms)
     for path, density in zip(
         (source.map, *source.half_maps, source.mask),
-        (sets.combined(maps), maps.first, maps.second, maps.mask),
+        (maps.combined(sets), maps.first, maps.second, maps.mask),
         strict=True,
     ):
         source.write_map(path, density, prepared.pixel_size_in_angstroms)

@@ -316,6 +316,41 @@ def test_poses_alone_can_be_read_from_a_file_without_optics(tmp_path):
     assert read_star_poses(write_star(tmp_path / "r.star", columns, None)) is None
 
 
+def test_half_sets_are_read_as_0_and_1(tmp_path):
+    table = read_star(write_star(tmp_path / "p.star", particle_columns(4) | {"rlnRandomSubset": [2, "1", "2.0", 1]}))
+    assert table.half_set.tolist() == table.usable_half_set().tolist() == [1, 0, 1, 0]
+    assert table.take(np.array([2, 1])).half_set.tolist() == [1, 0]
+    assert read_star(write_star(tmp_path / "q.star", particle_columns(4))).half_set is None
+
+
+HALF_SETS = {
+    "missing": (None, "no half sets (rlnRandomSubset); give"),
+    "0": ([1, 2, 1, 0], "rlnRandomSubset of particle row 4 is neither 1 nor 2; mend it"),
+    "3": ([1, 3, 1, 2], "rlnRandomSubset of particle row 2 is neither 1 nor 2; mend it"),
+    "a fraction": ([1, 2, 1.5, 2], "rlnRandomSubset of particle row 3 is neither 1 nor 2; mend it"),
+    "a word": (["A", "B", "A", "B"], "rlnRandomSubset of particle row 1 is neither 1 nor 2; mend it"),
+    "infinite": ([1, 2, 1, "inf"], "rlnRandomSubset of particle row 4 is neither 1 nor 2; mend it"),
+    "an empty half": ([1, 1, 1, 1], "rlnRandomSubset is 2 for 0 of 4 particles; 10% of them at least"),
+    "too small a half": ([2] * 19 + [1], "rlnRandomSubset is 1 for 1 of 20 particles; 10% of them at least"),
+}
+
+
+@pytest.mark.parametrize("case", HALF_SETS)
+def test_unusable_half_sets_matter_only_to_those_who_ask_for_them(tmp_path, case):
+    cells, message = HALF_SETS[case]
+    columns = particle_columns(4 if cells is None else len(cells))
+    path = write_star(tmp_path / "p.star", columns if cells is None else columns | {"rlnRandomSubset": cells})
+    table = read_star(path).compacted()
+    said = refusal(table.usable_half_set)
+    assert said.startswith(f"{path}: {message}")
+    assert said.endswith("give --half-sets new")
+
+
+def test_of_some_rows_the_row_in_the_file_is_named(tmp_path):
+    path = write_star(tmp_path / "p.star", particle_columns(4) | {"rlnRandomSubset": [1, 2, 1, 7]})
+    assert "particle row 4 is neither" in refusal(read_star(path).take(np.array([0, 1, 3])).usable_half_set)
+
+
 def test_a_file_that_has_changed_since_it_was_read_is_not_written_again(tmp_path):
     path = write_star(tmp_path / "p.star", particle_columns(3))
     table = read_star(path)

@@ -7,7 +7,6 @@ run again: a wrong sign, a wrong unit or images of other particles cannot pass.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
@@ -26,11 +25,10 @@ from cryoai.formats.cryosparc import read_cryosparc, rewrite_cryosparc, write_cr
 from cryoai.formats.files import atomic_path
 from cryoai.formats.mrc import open_stack
 from cryoai.formats.particle_files import read_particles
-from cryoai.formats.star import read_star, rewrite_star
-from cryoai.formats.star.lines import star_lines, tokens, unquoted
-from cryoai.formats.table import FloatColumn, ParticleTable
+from cryoai.formats.star import rewrite_star
 from cryoai.particle_stack import ParticleStack
 from cryoai.read_back import ReadBack, read_back
+from cryoai.run_particles import RunParticles
 from cryoai.runs import RunFolder
 
 __all__ = ["ExportTarget", "Exported", "export_run"]
@@ -38,7 +36,8 @@ __all__ = ["ExportTarget", "Exported", "export_run"]
 ExportTarget = Literal["relion", "cryosparc"]
 
 _SUFFIXES: dict[ExportTarget, str] = {"relion": ".star", "cryosparc": ".cs"}
-_LEAST_FSC = 0.95
+# With the map of the run; and where that was made from others too, with that of the same images, and with the run's.
+_LEAST_FSC, _LEAST_FSC_OF_SOME = 0.95, 0.5
 # In the name of a stack, what ends it in a STAR file.
 _AWKWARD = re.compile(r"[\s\"'#]")
 
@@ -51,6 +50,8 @@ class Exported:
     ----------
     n_left_out
         Particles whose image could not be used, and which have no pose.
+    n_unsure
+        Particles whose pose was not sure enough.
     image_folder
         Folder that the image names start from, where it is known and they are no whole paths.
     check
@@ -63,6 +64,7 @@ class Exported:
     target: ExportTarget
     n_particles: int
     n_left_out: int
+    n_unsure: int
     image_folder: Path | None
     check: ReadBack | None
     missing_stack: str | None
@@ -71,7 +73,8 @@ class Exported:
     def lines(self) -> tuple[str, ...]:
         """What a person wants to know of it, a line each."""
         left_out = f"; {self.n_left_out:,} without a usable image left out" if self.n_left_out else ""
-        found = [f"{self.path}: {self.n_particles:,} particles{left_out}"]
+        unsure = f"; {self.n_unsure:,} that are less sure left out" if self.n_unsure else ""
+        found = [f"{self.path}: {self.n_particles:,} particles{left_out}{unsure}"]
         if self.target == "cryosparc":
             found.append(f"{self.path.with_suffix('.csg')}: what cryoSPARC's Import Result Group takes")
         if self.target == "relion" and self.protein_is_dark:
@@ -87,12 +90,19 @@ class Exported:
                 "start from with --data-dir to have the poses checked"
             )
         else:
-            worst = math.floor(1000 * self.check.worst_fsc) / 1000
+            worst = f"{_rounded_down(self.check.worst_fsc)} to {self.check.period_in_angstroms:.1f} Å"
+            same = ""
+            if self.check.worst_fsc_of_same is not None:
+                same = f"{_rounded_down(self.check.worst_fsc_of_same)} to that of the same images in the run, and "
             found.append(
-                f"read back: FSC to the run's map at least {worst:.3f} to {self.check.period_in_angstroms:.1f} Å "
+                f"read back: FSC {same}to the run's map at least {worst} "
                 f"(inside its mask, from {self.check.n_images:,} images)"
             )
         return tuple(found)
+
+
+def _rounded_down(correlation: float) -> str:
+    return f"{math.floor(1000 * correlation) / 1000:.3f}"
 
 
 def export_run(
@@ -102,6 +112,7 @@ def export_run(
     *,
     data_dir: Path | None = None,
     passthrough: Sequence[Path] = (),
+    keep_confident: float | None = None,
     device: torch.device | str = "cpu",
 ) -> Exported:
     """Write the particles of a run, with its poses and half sets, for another program, and read them back.
@@ -124,6 +135,8 @@ def export_run(
         working folder, and those above the run are tried.
     passthrough
         Where the particle file was a ``.cs``: its passthrough files, whose fields are written too.
+    keep_confident
+        Write only particles whose pose is right with at least this probability, ``rlnParticleFigureOfMerit``.
 
     Raises
     ------
@@ -133,7 +146,9 @@ def export_run(
         If the file that was written does not give the map of the run; it is removed.
     """
     _check_output(out, target)
-    particles = _RunParticles.open(run)
+    particles = RunParticles.open(run)
+    if keep_confident is not None:
+        particles = particles.surest(keep_confident)
     keeps_names = particles.copy is not None and particles.copy.suffix.lower() == _SUFFIXES[target]
     if passthrough and not (keeps_names and target == "cryosparc"):
         raise InputError(f"--passthrough {passthrough[0]}: is for cryoSPARC from a .cs file alone; remove it")
@@ -158,7 +173,7 @@ def export_run(
             if not keeps_names:
                 relative = any(not Path(name).is_absolute() for name in stack.table.images.names)
                 folder = out.parent.absolute() if relative else None
-            check = read_back(stack, run, contrast_sign=particles.contrast_sign, device=device)
+            check = _read_back(stack, particles, device)
             _require_agreement(check, out, images)
     if target == "cryosparc":
         write_cryosparc_group(out.with_suffix(".csg"), out)
@@ -167,6 +182,7 @@ def export_run(
         target=target,
         n_particles=len(particles.table),
         n_left_out=particles.n_left_out,
+        n_unsure=particles.n_posed - len(particles.table),
         image_folder=folder,
         check=check,
         missing_stack=images.missing,
@@ -197,91 +213,6 @@ def _removed_on_failure(folder: Path) -> Iterator[None]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-# ------------------------------------------------------------------------------ the run
-
-
-@dataclass(frozen=True, eq=False)
-class _RunParticles:
-    """The particles of a run that have a pose.
-
-    Attributes
-    ----------
-    copy
-        The run's copy of the particle file; None for bare stacks.
-    original
-        The particle file, as the user gave it.
-    table
-        From the run's ``particles.star``.
-    half_set : (N,)
-        1 or 2.
-    confidence : (N,)
-        Of each pose, from 0 to 1, if there is one.
-    """
-
-    run: RunFolder
-    copy: Path | None
-    original: Path
-    contrast_sign: int
-    table: ParticleTable
-    half_set: NDArray[np.int64]
-    confidence: FloatColumn | None
-    n_left_out: int
-
-    @classmethod
-    def open(cls, run: RunFolder) -> _RunParticles:
-        original, sign = _read_summary(run)
-        copies = [path for path in run.path.glob("input_particles.*") if path.suffix.lower() in (".star", ".cs")]
-        if not copies and original.suffix.lower() in (".star", ".cs"):
-            name = run.input_particles.with_suffix(original.suffix).name
-            raise InputError(f"{run.path}: {name} is missing, the run's copy of {original}; restore it")
-        table = read_star(run.particles)
-        if table.poses is None:
-            raise InputError(f"{run.particles}: no poses; restore the file that the run wrote")
-        half_set = _column(table, "rlnRandomSubset")
-        if half_set is None or not np.isin(half_set, (1, 2)).all():
-            raise InputError(f"{run.particles}: no half set (rlnRandomSubset); restore the file that the run wrote")
-        confidence = _column(table, "rlnParticleFigureOfMerit")
-        if confidence is not None and not ((confidence >= 0) & (confidence <= 1)).all():
-            confidence = None
-        aside = _column(table, "cryoaiQuarantined")
-        kept = np.arange(len(table)) if aside is None else np.flatnonzero(aside == 0)
-        return cls(
-            run,
-            copies[0] if copies else None,
-            original,
-            sign,
-            table.take(kept),
-            half_set[kept].astype(np.int64),
-            None if confidence is None else confidence[kept],
-            len(table) - len(kept),
-        )
-
-
-def _read_summary(run: RunFolder) -> tuple[Path, int]:
-    """The particle file of a run, and the sign of the contrast of its images."""
-    try:
-        summary = json.loads(run.summary.read_text(encoding="utf-8"))
-        original, sign = Path(summary["particles"]), int(summary["contrast"]["sign"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{run.summary}: not as a run writes it ({error}); restore the file") from None
-    return original, sign
-
-
-def _column(table: ParticleTable, name: str) -> FloatColumn | None:
-    """A column (N,) of numbers of the file of a table, or None if it has none of this name."""
-    layout = table.star
-    assert layout is not None
-    if name not in layout.columns:
-        return None
-    place = layout.columns.index(name)
-    rows = (line.text for line in star_lines(layout.path) if line.kind == "row" and line.block == layout.block)
-    try:
-        values = np.array([float(unquoted(tokens(text)[place])) for text in rows])
-    except ValueError as error:
-        raise InputError(f"{layout.path}: {name}: {error}; restore the file that the run wrote") from None
-    return values
 
 
 # ------------------------------------------------------------------------------ images
@@ -320,7 +251,7 @@ class _Images:
         return cls(found, missing, next(folders, None))
 
 
-def _image_roots(particles: _RunParticles, data_dir: Path | None) -> list[Path]:
+def _image_roots(particles: RunParticles, data_dir: Path | None) -> list[Path]:
     if data_dir is not None:
         if not data_dir.is_dir():
             raise InputError(f"--data-dir {data_dir}: no such folder; give the folder the image names start from")
@@ -339,7 +270,7 @@ def _from_folder(folder: Path, path: Path) -> Path:
 # ------------------------------------------------------------------------------ writing
 
 
-def _write_relion(path: Path, particles: _RunParticles, images: _Images | None, links: Path) -> None:
+def _write_relion(path: Path, particles: RunParticles, images: _Images | None, links: Path) -> None:
     """Write the particles of the run as they stand in its own file, with names of ``images`` if they are given."""
     table = particles.table
     assert table.star is not None
@@ -372,15 +303,15 @@ def _names_for_relion(stacks: Sequence[Path], links: Path) -> list[str]:
     return [names[stack] for stack in stacks]
 
 
-def _rewrite_dataset(path: Path, particles: _RunParticles, folder: Path, passthrough: Sequence[Path]) -> None:
+def _rewrite_dataset(path: Path, particles: RunParticles, folder: Path, passthrough: Sequence[Path]) -> None:
     """Write the dataset that the run came from with the poses of the run."""
     assert particles.copy is not None
     assert particles.table.poses is not None
     table = read_cryosparc(particles.copy, passthrough)
-    n_particles = len(particles.table) + particles.n_left_out
-    if len(table) != n_particles:
+    if len(table) != particles.n_rows:
         raise InputError(
-            f"{particles.copy}: {len(table)} rows, but the run has {n_particles}; restore the file that the run wrote"
+            f"{particles.copy}: {len(table)} rows, but the run has {particles.n_rows}; restore the file that the run "
+            "wrote"
         )
     rewrite_cryosparc(
         path,
@@ -393,7 +324,7 @@ def _rewrite_dataset(path: Path, particles: _RunParticles, folder: Path, passthr
     )
 
 
-def _write_dataset(path: Path, particles: _RunParticles, images: _Images) -> None:
+def _write_dataset(path: Path, particles: RunParticles, images: _Images) -> None:
     """Write a new dataset, whose uids follow from the image names of the run."""
     table = particles.table
     assert table.poses is not None
@@ -424,11 +355,28 @@ def _open_again(path: Path, known: Mapping[str, Path]) -> ParticleStack:
     return ParticleStack(table, tuple(open_stack(places[name]) for name in table.images.names))
 
 
+def _read_back(stack: ParticleStack, particles: RunParticles, device: torch.device | str) -> ReadBack:
+    return read_back(
+        stack,
+        particles.run,
+        contrast_sign=particles.contrast_sign,
+        n_particles_of_run=particles.n_posed,
+        # Particles that do not belong have changed the map of the run, and were left out here.
+        poses_of_run=None if len(particles.table) == particles.n_posed else particles.poses,
+        device=device,
+    )
+
+
 def _require_agreement(check: ReadBack, out: Path, images: _Images) -> None:
-    if not check.worst_fsc >= _LEAST_FSC:
-        first = next(iter(images.found.values()))
+    judged = [(check.worst_fsc, _LEAST_FSC)]
+    if check.worst_fsc_of_same is not None:
+        judged = [(check.worst_fsc_of_same, _LEAST_FSC), (check.worst_fsc, _LEAST_FSC_OF_SOME)]
+    first = next(iter(images.found.values()))
+    for found, least in judged:
+        if found >= least:
+            continue
         raise RunFailedError(
             f"{out}: not written, because what it says gives another map than the run's: read back, FSC "
-            f"{check.worst_fsc:.2f} within {check.period_in_angstroms:.1f} Å, where {_LEAST_FSC} is needed; see that "
+            f"{found:.2f} within {check.period_in_angstroms:.1f} Å, where {least} is needed; see that "
             f"{first} holds the images of the run, or give the folder that their names start from with --data-dir"
         )

@@ -15,11 +15,14 @@ from cryoai.contrast import PowerOfGroups
 from cryoai.errors import InputError
 from cryoai.formats.mrc import read_map
 from cryoai.fourier import FourierDisc, fourier_shell_correlation, n_shells_above
+from cryoai.half_maps import HalfMaps
 from cryoai.imaging import ImagingModel
 from cryoai.particle_stack import ParticleStack
 from cryoai.particles import ParticleBatch, Quarantine, stream_particles
-from cryoai.reconstruction import HalfMaps, HalfSets
+from cryoai.poses import Poses
+from cryoai.reconstruction import HalfSets
 from cryoai.runs import RunFolder
+from cryoai.validation.correlation import correlate_half_maps
 
 __all__ = ["ReadBack", "read_back"]
 
@@ -45,15 +48,25 @@ class ReadBack:
         ``period_in_angstroms``.
     period_in_angstroms
         The resolution of the run, or as far as so many images can be expected to show the same map.
+    worst_fsc_of_same
+        The same, up to the resolution of the run, with the map of the same images at their poses in the run; None
+        where that was not made.
     """
 
     n_images: int
     worst_fsc: float
     period_in_angstroms: float
+    worst_fsc_of_same: float | None
 
 
 def read_back(
-    stack: ParticleStack, run: RunFolder, *, contrast_sign: int, device: torch.device | str = "cpu"
+    stack: ParticleStack,
+    run: RunFolder,
+    *,
+    contrast_sign: int,
+    n_particles_of_run: int,
+    poses_of_run: Poses | None = None,
+    device: torch.device | str = "cpu",
 ) -> ReadBack:
     """Reconstruct particles at the poses of their file, and compare that with the map of the run that they are of.
 
@@ -61,6 +74,10 @@ def read_back(
     ----------
     contrast_sign
         +1 where protein is bright in the images, -1 where it is dark.
+    n_particles_of_run
+        From which its map was made; the file may hold some of them only.
+    poses_of_run
+        (N,), what the run says of the particles in the file; for a second comparison, which others do not disturb.
 
     Raises
     ------
@@ -70,16 +87,24 @@ def read_back(
     known = _Maps.of_run(run, device)
     n_all = stack.n_particles
     n = min(_ENOUGH_IMAGES, n_all)
-    if _n_judged_shells(known.halves, n_all / n) < _LEAST_SHARE_OF_SHELLS * max(1, known.halves.n_resolved_shells):
+    if _n_judged_shells(known.halves, n_particles_of_run / n) < _LEAST_SHARE_OF_SHELLS * max(
+        1, known.halves.n_resolved_shells
+    ):
         n = n_all
-    chosen = stack.take(torch.linspace(0, n_all - 1, n, dtype=torch.float64).long())
-    again, n_used = _reconstructed(chosen, known, contrast_sign)
+    rows = torch.linspace(0, n_all - 1, n, dtype=torch.float64).long()
+    chosen, poses = stack.take(rows), stack.poses
+    if poses is None:
+        raise InputError(f"{stack.table.path}: no poses; give a file that has them")
+    again, n_used = _reconstructed(chosen, poses[rows], known, contrast_sign)
     if not n_used:
         raise InputError(f"{stack.table.path}: none of its images can be used any more; see cryoai check")
-    mask = known.halves.mask
-    fsc = fourier_shell_correlation(again * mask, known.map * mask)
-    n_shells = max(1, _n_judged_shells(known.halves, n_all / n_used))
-    return ReadBack(n_used, float(fsc[1 : n_shells + 1].min()), known.extent_in_angstroms / n_shells)
+    n_shells = max(1, _n_judged_shells(known.halves, n_particles_of_run / n_used))
+    of_same = None
+    if poses_of_run is not None:
+        same, _ = _reconstructed(chosen, poses_of_run[rows], known, contrast_sign)
+        of_same = known.worst_fsc(again, same, max(1, known.halves.n_resolved_shells))
+    worst = known.worst_fsc(again, known.map, n_shells)
+    return ReadBack(n_used, worst, known.extent_in_angstroms / n_shells, of_same)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,17 +121,20 @@ class _Maps:
         if len({one.density.shape for one in stored}) > 1:
             raise InputError(f"{run.path}: its maps are of different sizes; restore those that the run wrote")
         density, first, second, mask = (torch.from_numpy(one.density).to(device) for one in stored)
-        fsc = fourier_shell_correlation(first * mask, second * mask).float()
-        halves = HalfMaps(first, second, mask, fsc, n_shells_above(fsc, 0.143))
-        return cls(density, halves, len(density) * stored[0].pixel_size_in_angstroms)
+        pixel_size = stored[0].pixel_size_in_angstroms
+        halves = HalfMaps(first, second, mask, correlate_half_maps(first, second, mask, pixel_size, seed=0))
+        return cls(density, halves, len(density) * pixel_size)
+
+    def worst_fsc(self, first: Tensor, second: Tensor, n_shells: int) -> float:
+        """The lowest correlation of two maps (n, n, n) inside the mask, in shells 1 to ``n_shells``."""
+        mask = self.halves.mask
+        return float(fourier_shell_correlation(first * mask, second * mask)[1 : n_shells + 1].min())
 
 
 @torch.no_grad()
-def _reconstructed(stack: ParticleStack, known: _Maps, sign: int) -> tuple[Tensor, int]:
-    """The map (n, n, n) of images at the poses of their file, filtered as that of the run, and how many they are."""
-    n_pixels, device, poses = len(known.map), known.map.device, stack.poses
-    if poses is None:
-        raise InputError(f"{stack.table.path}: no poses; give a file that has them")
+def _reconstructed(stack: ParticleStack, poses: Poses, known: _Maps, sign: int) -> tuple[Tensor, int]:
+    """The map (n, n, n) of images at poses (N,), filtered as that of the run, and how many could be used."""
+    n_pixels, device = len(known.map), known.map.device
     disc = FourierDisc.of_box(n_pixels, device=device)
     # A little more than the map holds: what is inserted spreads to its neighbours.
     radius = min(disc.max_radius, known.halves.n_resolved_shells + 2)
@@ -120,7 +148,7 @@ def _reconstructed(stack: ParticleStack, known: _Maps, sign: int) -> tuple[Tenso
         scaled = ParticleBatch(batch.indices, batch.coefficients, optics)
         sums.sums[0].add(scaled, poses[rows].to(device), imaging, precision)
         n_used += len(batch)
-    return sums.combined(known.halves), n_used
+    return known.halves.combined(sums), n_used
 
 
 def _contrast_scales(stack: ParticleStack, known: _Maps, disc: FourierDisc) -> Tensor:

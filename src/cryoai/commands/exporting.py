@@ -19,6 +19,7 @@ def export(
     to: ExportTarget,
     data_dir: Path | None = None,
     passthrough: tuple[Path, ...] = (),
+    keep_confident: float | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
     """Write the particles of a run, with its poses and half sets, for RELION or cryoSPARC, and read them back.
@@ -40,7 +41,17 @@ def export(
         Folder that the image names start from.
     passthrough
         For cryosparc from a .cs: the passthrough file of the same job, whose fields are written too. May be repeated.
+    keep_confident
+        Write only particles whose pose is right with at least this probability (rlnParticleFigureOfMerit), say 0.5.
     """
     run = RunFolder.open(run_dir)
-    exported = export_run(run, to, out, data_dir=data_dir, passthrough=passthrough, device=choose_device(device))
+    exported = export_run(
+        run,
+        to,
+        out,
+        data_dir=data_dir,
+        passthrough=passthrough,
+        keep_confident=keep_confident,
+        device=choose_device(device),
+    )
     print("\n".join(exported.lines()))

@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation
 from cryoai.errors import InputError
 from cryoai.formats.cryosparc.dataset import Dataset
 from cryoai.formats.files import shown
-from cryoai.formats.table import FloatColumn, ImageReferences, ParticleTable, PoseColumns
+from cryoai.formats.table import FloatColumn, ImageReferences, ParticleTable, PoseColumns, half_set_of
 
 __all__ = ["ABERRATIONS", "image_references", "read_cryosparc", "read_cryosparc_poses"]
 
@@ -62,6 +62,7 @@ def read_cryosparc(path: Path, passthrough: Sequence[Path] = ()) -> ParticleTabl
         ignored=tuple(
             f"not applied: {kind} ({name})" for name, (kind, _) in ABERRATIONS.items() if _is_set(data, name)
         ),
+        half_set=_half_set(data),
     )
 
 
@@ -151,3 +152,12 @@ def _poses(data: Dataset) -> PoseColumns | None:
         warnings.simplefilter("ignore", UserWarning)
         angles = Rotation.from_rotvec(vectors).as_euler("ZYZ", degrees=True)
     return PoseColumns(angles, origins)
+
+
+def _half_set(data: Dataset) -> NDArray[np.int64] | None:
+    """Half sets (N,) of the particles: what is wrong with them matters only to those who ask for them."""
+    if "alignments3D/split" not in data:
+        return None
+    stored = data.column("alignments3D/split")
+    is_column = stored.dtype.kind in "fiu" and stored.ndim == 1
+    return half_set_of(stored if is_column else np.full(len(data), np.nan), (0, 1))

@@ -7,6 +7,7 @@ __all__ = [
     "ANGLES",
     "DEFOCUS",
     "DETECTOR",
+    "HALF_SET",
     "IMAGE",
     "MICROSCOPE",
     "NUMBERS",
@@ -20,7 +21,8 @@ ANGLES = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
 ORIGINS = ("rlnOriginXAngst", "rlnOriginYAngst", "rlnOriginX", "rlnOriginY")
 PIXEL_SIZES = ("rlnImagePixelSize", "rlnPixelSize")
 DETECTOR = ("rlnDetectorPixelSize", "rlnMagnification")
-OTHERS = ("rlnPhaseShift", "rlnCtfBfactor", "rlnOpticsGroup")
+HALF_SET = "rlnRandomSubset"
+OTHERS = ("rlnPhaseShift", "rlnCtfBfactor", "rlnOpticsGroup", HALF_SET)
 NUMBERS = frozenset(MICROSCOPE + DEFOCUS + ANGLES + ORIGINS + PIXEL_SIZES + DETECTOR + OTHERS)
 IMAGE = "rlnImageName"
 # Aberrations that the calculation leaves out: what a person calls them, and the values that mean there are none.

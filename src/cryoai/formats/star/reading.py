@@ -17,8 +17,18 @@ from cryoai.errors import InputError
 from cryoai.formats.files import check_text_file, file_fingerprint, shown
 from cryoai.formats.numbers import LARGEST, SMALLEST, is_number, is_positive
 from cryoai.formats.star.lines import star_lines, tokens, unquoted
-from cryoai.formats.star.names import ABERRATIONS, ANGLES, DEFOCUS, DETECTOR, IMAGE, MICROSCOPE, NUMBERS, PIXEL_SIZES
-from cryoai.formats.table import FloatColumn, ImageReferences, ParticleTable, PoseColumns, StarLayout
+from cryoai.formats.star.names import (
+    ABERRATIONS,
+    ANGLES,
+    DEFOCUS,
+    DETECTOR,
+    HALF_SET,
+    IMAGE,
+    MICROSCOPE,
+    NUMBERS,
+    PIXEL_SIZES,
+)
+from cryoai.formats.table import FloatColumn, ImageReferences, ParticleTable, PoseColumns, StarLayout, half_set_of
 
 __all__ = ["read_star", "read_star_poses"]
 
@@ -55,6 +65,7 @@ def read_star(path: Path) -> ParticleTable:
         poses=_poses(columns, pixel_size),
         star=StarLayout(path, fingerprint, particles.name, tuple(particles.columns), "optics" in tables),
         ignored=columns.ignored(),
+        half_set=_half_set(particles),
     )
 
 
@@ -371,3 +382,10 @@ def _poses(columns: _Columns, pixel_size: FloatColumn) -> PoseColumns | None:
             origins.append(columns.optional(f"rlnOrigin{axis}", 0.0) * pixel_size)
     angles = [columns.required(name) for name in ANGLES]
     return PoseColumns(np.stack(angles, axis=1), np.stack(origins, axis=1))
+
+
+def _half_set(particles: _Table) -> NDArray[np.int64] | None:
+    """Half sets (N,) of the table of particles: what is wrong with them matters only to those who ask for them."""
+    if HALF_SET not in particles.numbers:
+        return None
+    return half_set_of(particles.numbers[HALF_SET].values, (1, 2))
