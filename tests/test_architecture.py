@@ -28,7 +28,7 @@ WITH_NAMES = sorted(
 
 
 # The commands that train.
-COMMANDS = {f"cryoai.commands.{name}" for name in ("checking", "running", "simulating")}
+COMMANDS = {f"cryoai.commands.{name}" for name in ("checking", "refining", "running", "simulating")}
 
 
 def tree(path):
@@ -70,7 +70,7 @@ def test_reports_read_what_runs_wrote_and_run_nothing():
 
 
 def test_only_the_trainer_and_the_command_line_know_the_settings():
-    trainer = {"cryoai.training.building", "cryoai.training.loop"}
+    trainer = {f"cryoai.training.{name}" for name in ("building", "loop", "refining")}
     assert importers_of("cryoai.training.settings") == {"cryoai", "cryoai.cli"} | COMMANDS | trainer
 
 

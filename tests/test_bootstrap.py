@@ -10,7 +10,6 @@ from cryoai.bootstrap import (
     BootstrapSchedule,
     Reference,
     StochasticSearch,
-    agreement,
     contrast_by_search,
     search_box,
     tempered_weights,
@@ -24,18 +23,13 @@ from cryoai.poses import Poses
 from cryoai.search import Candidates
 from cryoai.simulation import protein_like_phantom, simulate
 from cryoai.volumes import SampledVolume
-from oracles import make_optics, positions, random_rotations
+from oracles import make_optics, positions
 from properties import unchanged
 
 
 def candidates_with(log_likelihoods):
     shape = log_likelihoods.shape
     return Candidates(Poses(torch.eye(3).expand(*shape, 3, 3), torch.zeros(*shape, 2)), log_likelihoods)
-
-
-def candidates_at(rotations):
-    n = len(rotations)
-    return Candidates(Poses(rotations[:, None].float(), torch.zeros(n, 1, 2)), torch.zeros(n, 1))
 
 
 @given(st.integers(1, 60), st.integers(2, 10), st.integers(0, 20))
@@ -78,23 +72,6 @@ def test_a_posterior_that_is_broad_enough_is_not_tempered():
 def test_a_spread_of_one_leaves_the_posterior_as_it_is():
     scores = (3 * torch.randn(20, 64)).sort(dim=1, descending=True).values
     torch.testing.assert_close(tempered_weights(candidates_with(scores), 1.0), torch.softmax(scores, dim=1))
-
-
-def test_agreement_is_blind_to_the_frame_and_the_hand():
-    rotations, turn = random_rotations(60), random_rotations(1, seed=5)[0]
-    mirror = torch.diag(torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64))
-    first = candidates_at(rotations)
-    assert agreement(first, candidates_at(turn @ rotations)) == 1
-    assert agreement(first, candidates_at(turn @ mirror @ rotations @ mirror)) == 1
-
-
-def test_agreement_is_the_share_of_particles_posed_alike():
-    rotations, turn = random_rotations(200), random_rotations(1, seed=5)[0]
-    other = turn @ rotations
-    # Flipped about the view's x axis: 180 degrees away, whatever the frame.
-    other[:50] = other[:50] @ torch.diag(torch.tensor([1.0, -1.0, -1.0], dtype=torch.float64))
-    assert agreement(candidates_at(rotations), candidates_at(other)) == pytest.approx(0.75, abs=0.02)
-    assert agreement(candidates_at(rotations), candidates_at(random_rotations(200, seed=9))) < 0.2
 
 
 @pytest.mark.parametrize(("last_radius", "n_pixels", "box"), [(16, 64, 40), (16, 32, 32), (8, 24, 24), (4, 65, 16)])

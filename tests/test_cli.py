@@ -1,5 +1,6 @@
 import json
 import shutil
+from types import SimpleNamespace
 
 import mrcfile
 import numpy as np
@@ -13,6 +14,7 @@ from cryoai.formats.mrc import read_map, write_map
 from cryoai.fourier import resize_map
 from cryoai.particle_stack import ParticleStack
 from cryoai.runs import RunFolder
+from cryoai.training.settings import Settings
 from stacks import OPTICS, files_in, loop_text, particle_columns, write_images, write_star
 
 N, BOX = 24, 32
@@ -168,6 +170,26 @@ def test_a_settings_file_with_a_wrong_key_is_refused_by_the_key(tmp_path, compla
 )
 def test_a_command_that_is_unknown_or_incomplete_is_refused(complaint, arguments):
     assert complaint(*arguments)
+
+
+# ------------------------------------------------------------------------------ the verdict as exit status
+
+
+@pytest.mark.parametrize(("verdict", "status"), [("solved", 0), ("ambiguous", 3), ("failed", 1)])
+def test_the_exit_status_of_a_run_is_its_verdict(tmp_path, monkeypatch, capsys, verdict, status):
+    asked = []
+
+    def reconstruct(stack, run_dir, settings):
+        asked.append((stack.n_particles, run_dir, settings.seed))
+        return SimpleNamespace(verdict=SimpleNamespace(status=verdict))
+
+    monkeypatch.setattr("cryoai.commands.running.reconstruct", reconstruct)
+    monkeypatch.setattr("cryoai.commands.running.check_before_run", lambda *_arguments, **_options: None)
+    star, run = good_particles(tmp_path), tmp_path / "run"
+    assert main(["reconstruct", str(star), str(run), "--seed", "7"]) == status
+    assert asked == [(N, run, 7)]
+    # The reasons have been said by then: an exit status is no error of usage.
+    assert capsys.readouterr().err == ""
 
 
 # ------------------------------------------------------------------------------ help
@@ -339,6 +361,7 @@ def finished(tmp_path, source, output):
     shutil.copy(truth / "truth.star", run.particles)
     shutil.copy(truth / "truth.mrc", run.map)
     run.write_json(run.summary, {"n_particles": 40})
+    run.write_text(run.settings, Settings().to_toml())
     return run, truth
 
 
@@ -355,8 +378,27 @@ def test_a_run_is_compared_with_the_truth(finished, source, output):
     # The true map has another box, and is brought to that of the run.
     assert report["map"]["nyquist_in_angstroms"] == 6.0
     assert report["map"]["resolution_at_fsc_0.5"] <= 8
+    assert "map_within_mask" not in report
     shutil.copy(run.particles, run.encoder_particles)
     assert "encoder's own" in output("evaluate", run.path, "--truth", truth / "truth.star")
+
+
+def test_a_map_is_compared_with_the_truth_within_the_mask_of_the_run_too(finished, source, output):
+    run, truth = finished
+    density = read_map(run.map).density
+    # Half of it is something else.
+    spoilt = density.copy()
+    spoilt[16:] = np.random.default_rng(0).normal(scale=density.std(), size=spoilt[16:].shape)
+    write_map(run.map, spoilt, 3.0)
+    mask = np.zeros_like(density)
+    mask[:14] = 1
+    write_map(run.mask, mask, 3.0)
+    arguments = ("evaluate", run.path, "--truth", truth / "truth.star", "--map", source)
+    report = json.loads(output(*arguments, "--json"))
+    assert report["map_within_mask"]["resolution_at_fsc_0.143"] < report["map"]["resolution_at_fsc_0.143"]
+    text = output(*arguments)
+    assert "within a soft sphere: FSC 0.5 at" in text
+    assert "within the mask of the run: FSC 0.5 at" in text
 
 
 def test_a_truth_that_does_not_fit_the_run_is_refused(finished, tmp_path, complaint):

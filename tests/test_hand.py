@@ -23,7 +23,7 @@ from cryoai.particles import ParticleBatch
 from cryoai.pose_files import read_poses
 from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.reconstruction import ReconstructionSums, particle_mask
-from cryoai.runs import RunFolder
+from cryoai.runs import FscColumns, RunFolder
 from cryoai.volumes import FourierNetVolume, VoxelVolume
 from oracles import GaussianPhantom, make_optics, random_rotations
 from stacks import OPTICS, files_in, particle_columns, plain_parse, refusal, write_images, write_star
@@ -114,7 +114,9 @@ def run(phantom, tmp_path):
     for path in folder.half_maps:
         folder.write_map(path, density + torch.randn_like(density), PIXEL)
     folder.write_map(folder.mask, torch.rand(BOX, BOX, BOX), PIXEL)
-    folder.write_fsc(torch.linspace(1, 0, BOX // 2 + 1), PIXEL)
+    folder.write_map(folder.sharpened_map, density - 0.5 * torch.roll(density, 1, 2), PIXEL)
+    folder.write_map(folder.local_resolution, 7 + torch.rand(BOX, BOX, BOX), PIXEL)
+    folder.write_fsc(FscColumns(torch.linspace(1, 0, BOX // 2 + 1)), PIXEL)
     subset = {"rlnRandomSubset": np.arange(N) % 2 + 1}
     stack.write(folder.particles, poses, subset)
     stack.write(folder.encoder_particles, Poses(random_rotations(N, 1).float(), shifts), subset)
@@ -260,13 +262,16 @@ def test_a_summary_says_whether_the_hand_is_flipped(run):
 
 
 @pytest.mark.parametrize("n", [24, 25])
-def test_the_map_becomes_that_of_the_mirrored_particle(phantom, run, n):
-    write_map(run.map, phantom.density(n).float().numpy(), PIXEL)
+def test_the_maps_become_those_of_the_mirrored_particle(phantom, run, n):
+    paths = (run.map, *run.half_maps, run.mask, run.sharpened_map, run.local_resolution)
+    for factor, path in enumerate(paths, 1):
+        write_map(path, factor * phantom.density(n).float().numpy(), PIXEL)
     flip_hand(run)
-    expected = z_reversed(phantom).density(n)
-    found = torch.from_numpy(read_map(run.map).density)
-    # Nothing of the particle is on the first plane, which has no partner.
-    assert (found - expected).abs().max() < 1e-4 * expected.max()
+    for factor, path in enumerate(paths, 1):
+        expected = factor * z_reversed(phantom).density(n)
+        found = torch.from_numpy(read_map(path).density)
+        # Nothing of the particle is on the first plane, which has no partner.
+        assert (found - expected).abs().max() < 1e-4 * expected.max()
 
 
 def test_the_mirrored_particle_seen_from_the_new_poses_makes_the_same_images(phantom, run):
@@ -449,8 +454,9 @@ def test_what_an_earlier_attempt_left_behind_is_not_used(run):
     assert contents(run) == before
 
 
-def test_a_run_without_an_encoder_is_flipped_as_well(run):
-    for path in (run.encoder_weights, run.encoder_particles, run.volume_weights, run.evaluation):
+def test_a_run_without_an_encoder_or_of_an_earlier_version_is_flipped_as_well(run):
+    networks = (run.encoder_weights, run.encoder_particles, run.volume_weights, run.evaluation)
+    for path in (*networks, run.sharpened_map, run.local_resolution):
         path.unlink()
     before = contents(run)
     done = flip_hand(run)

@@ -1,8 +1,6 @@
 """Poses for particles that a run has never seen, and how much they are to be believed."""
 
 import dataclasses
-import itertools
-import math
 import shutil
 
 import numpy as np
@@ -15,13 +13,13 @@ from cryoai.bootstrap import Reference
 from cryoai.encoder import EncoderArchitecture
 from cryoai.formats.mrc import read_map
 from cryoai.fourier import FourierDisc
-from cryoai.inference import Confidence, PosePredictor, TrainedEncoder, infer_file
-from cryoai.model import CryoAI, Placing
+from cryoai.inference import PosePredictor, TrainedEncoder, infer_file
+from cryoai.model import CryoAI
 from cryoai.noise import NoiseSpectrum
 from cryoai.particle_stack import ParticleStack
 from cryoai.particles import Quarantine, prepare_particles
 from cryoai.pose_files import read_poses
-from cryoai.poses import Poses, angular_distance_in_degrees
+from cryoai.poses import angular_distance_in_degrees
 from cryoai.runs import RunFolder
 from cryoai.simulation import protein_like_phantom, simulate
 from cryoai.training.loop import reconstruct
@@ -115,95 +113,6 @@ def test_an_encoder_that_is_missing_or_none_of_ours_is_refused_in_one_line(tmp_p
     for content in contents.values():
         path.write_bytes(content)
         assert refusal(TrainedEncoder.load, path).startswith(f"{path}: not an encoder of this program")
-
-
-# ------------------------------------------------------------------------------ confidence
-
-N = 6000
-
-
-def placings(fit, probability=None, lead=None):
-    n = len(fit)
-    poses = Poses(torch.eye(3).expand(n, 3, 3), torch.zeros(n, 2))
-    probability = torch.rand(n) if probability is None else probability
-    lead = 50 * torch.rand(n) if lead is None else lead
-    evidence = {"fit": fit, "probability": probability, "lead": lead}
-    # All else that a placing holds are poses, which confidence does not look at.
-    return Placing(**{field.name: evidence.get(field.name, poses) for field in dataclasses.fields(Placing)})
-
-
-@pytest.mark.parametrize(("middle", "slope"), [(-3.0, 1.0), (0.0, 0.5), (-6.0, 2.0), (2.0, 1.0)])
-def test_confidence_is_the_probability_to_be_right_where_that_is_a_logistic_function_of_the_fit(middle, slope):
-    def draw():
-        fit = -3 + 3 * torch.randn(N)
-        truth = torch.sigmoid(slope * (fit - middle))
-        return placings(fit), truth, torch.rand(N) < truth
-
-    known, _, right = draw()
-    held_out, truth, was_right = draw()
-    found = Confidence.learn(known, right)(held_out)
-    assert found.shape == (N,)
-    assert found.min() >= 0
-    assert found.max() <= 1
-    assert float((found - truth).abs().mean()) < 0.03
-    edges = torch.linspace(0, 1, 6)
-    for low, high in itertools.pairwise(edges):
-        members = (found >= low) & (found < high)
-        n = int(members.sum())
-        if n > 50:
-            share = float(was_right[members].float().mean())
-            # Three standard errors of the share, and two hundredths for the parameters.
-            assert float(found[members].mean()) == pytest.approx(share, abs=0.02 + 1.5 / math.sqrt(n))
-
-
-def test_what_says_nothing_of_the_pose_does_not_move_the_confidence_and_what_does_moves_it():
-    fit, probability = torch.randn(N), torch.rand(N)
-    right = torch.rand(N) < probability
-    confidence = Confidence.learn(placings(fit, probability), right)
-    same = torch.zeros(3)
-    by_probability = confidence(placings(same, torch.tensor([0.1, 0.5, 0.9]), same + 9))
-    assert by_probability.tolist() == pytest.approx([0.1, 0.5, 0.9], abs=0.05)
-    by_lead = confidence(placings(same, same + 0.5, torch.tensor([0.0, 10.0, 50.0])))
-    assert float(by_lead.max() - by_lead.min()) < 0.12
-
-
-def test_a_particle_that_fits_worse_than_all_that_were_found_is_not_believed_whatever_else_speaks_for_it():
-    fit = torch.randn(N)
-    confidence = Confidence.learn(placings(fit, torch.ones(N)), torch.ones(N, dtype=torch.bool))
-    worst = float(fit.min())
-    sure = torch.ones(4)
-    found = confidence(placings(torch.tensor([worst - 0.01, worst - 5, -1e6, 0.0]), sure, 50 * sure))
-    assert found[:3].tolist() == [0, 0, 0]
-    assert found[3] > 0.9
-    # Only the worst fiftieth of those that were found loses any.
-    ranked = confidence(placings(fit.sort().values, torch.ones(N), torch.full((N,), 50.0)))
-    assert (ranked[N // 40 :] > 0.9).all()
-    assert (ranked[: N // 100] < 0.55).all()
-
-
-@pytest.mark.parametrize("n", [1, 7, 6000])
-@pytest.mark.parametrize("right", [True, False])
-def test_nothing_but_right_poses_and_nothing_but_wrong_ones_leave_confidence_finite(n, right):
-    fit = torch.linspace(-40, 20, n)
-    confidence = Confidence.learn(placings(fit), torch.full((n,), right))
-    assert confidence.weights.isfinite().all()
-    asked = placings(torch.tensor([-1e9, -40.0, 0.0, 5.0, 20.0, 1e9]), torch.tensor([0, 1e-9, 0.5, 0.9, 1, 1.0001]))
-    found = confidence(asked)
-    assert found.isfinite().all()
-    assert found.min() >= 0
-    assert found.max() <= 1
-    if n > 1000:
-        assert (found[4] > 0.9) if right else (found.max() < 0.1)
-
-
-def test_what_separates_right_from_wrong_without_a_doubt_leaves_confidence_finite():
-    fit = torch.cat([torch.full((N // 2,), -20.0), torch.full((N // 2,), 0.0)])
-    confidence = Confidence.learn(placings(fit), fit == 0)
-    assert confidence.weights.isfinite().all()
-    half = torch.full((2,), 0.5)
-    found = confidence(placings(torch.tensor([-20.0, 0.1]), half, 20 * half))
-    assert found[0] == 0
-    assert found[1] > 0.95
 
 
 # ------------------------------------------------------------------------------ a run as it comes

@@ -149,14 +149,17 @@ def test_the_run_folder_holds_what_it_promises_and_no_scratch_file(result):
         "half_map_1.mrc",
         "half_map_2.mrc",
         "input_particles.star",
+        "local_resolution.mrc",
         "log.txt",
         "map.mrc",
+        "map_sharpened.mrc",
         "mask.mrc",
         "metrics.jsonl",
         "particles.star",
         "settings.toml",
         "summary.json",
         "tensorboard",
+        "validation.png",
         "volume.safetensors",
     ]
     assert list(result.run.tensorboard.iterdir())
@@ -219,7 +222,13 @@ def test_too_many_images_without_use_stop_the_run_and_leave_nothing(tmp_path):
 
 
 def test_maps_and_curve_on_disk_are_those_of_the_result(result):
-    pairs = [(result.run.map, result.map), (result.run.mask, result.half_maps.mask)]
+    local = result.findings.local_resolution_in_angstroms
+    pairs = [
+        (result.run.map, result.map),
+        (result.run.mask, result.half_maps.mask),
+        (result.run.sharpened_map, result.findings.sharpened.density),
+        (result.run.local_resolution, torch.where(local.isfinite(), local, 0.0)),
+    ]
     pairs += zip(result.run.half_maps, (result.half_maps.first, result.half_maps.second), strict=True)
     for path, density in pairs:
         found = read_map(path)
@@ -228,7 +237,18 @@ def test_maps_and_curve_on_disk_are_those_of_the_result(result):
     with result.run.fsc.open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["shell"]) for row in rows] == list(range(BOX // 2 + 1))
-    np.testing.assert_allclose([float(row["fsc"]) for row in rows], result.half_maps.fsc.numpy(), atol=1e-6)
+    curves, controls = result.half_maps.correlation, result.controls
+    columns = {
+        "fsc": result.half_maps.fsc,
+        "unmasked": curves.unmasked.values,
+        "masked": curves.masked.values,
+        "phases_randomised": curves.randomised.values,
+        "noise_only": controls.noise_only,
+        "shuffled_poses": controls.shuffled_poses,
+    }
+    assert list(rows[0]) == ["shell", "period_in_angstroms", *columns]
+    for name, curve in columns.items():
+        np.testing.assert_allclose([float(row[name]) for row in rows], curve.numpy(), atol=1e-6)
     assert float(rows[-1]["period_in_angstroms"]) == pytest.approx(2 * PIXEL)
 
 
@@ -237,13 +257,17 @@ def test_the_particles_come_back_row_by_row_with_poses_and_half_sets(result, sim
     for column, cells in before.items():
         assert after[column] == cells
     added = ["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi", "rlnOriginXAngst", "rlnOriginYAngst", "rlnRandomSubset"]
+    added.append("rlnParticleFigureOfMerit")
     assert sorted(set(after) - set(before)) == sorted(added)
     assert sorted(set(after["rlnRandomSubset"])) == ["1", "2"]
     assert after["rlnRandomSubset"].count("1") == N // 2
     poses = read_poses(result.run.particles)
     torch.testing.assert_close(poses.rotations, result.poses.rotations, atol=1e-5, rtol=0)
     torch.testing.assert_close(poses.shifts_in_angstroms, result.poses.shifts_in_angstroms, atol=1e-4, rtol=0)
+    merit = np.array(after["rlnParticleFigureOfMerit"], dtype=float)
+    np.testing.assert_allclose(merit, result.confidence.numpy(), atol=1e-6)
     encoder = plain_parse(result.run.encoder_particles)["particles"]
+    assert "rlnParticleFigureOfMerit" not in encoder
     assert encoder["rlnImageName"] == before["rlnImageName"]
     assert encoder["rlnAngleRot"] != after["rlnAngleRot"]
 
@@ -262,8 +286,46 @@ def test_the_summary_counts_every_particle(result):
     assert summary["contrast"]["sign"] == 1
     assert summary["start_agreement"] is None
     seconds = summary["seconds_per_stage"]
-    assert list(seconds) == ["prepare", "bootstrap", "amortized", "placement", "refinement"]
+    stages = ["prepare", "bootstrap", "amortized", "placement", "refinement", "validation", "rehearsal"]
+    assert list(seconds) == stages
     assert sum(seconds.values()) <= summary["seconds"] + 0.1
+
+
+def test_the_summary_says_what_to_think_of_the_result(result):
+    summary = json.loads(result.run.summary.read_text())
+    # One start, and so few particles that both halves began with its map: believed by half.
+    assert summary["verdict"] == {"status": "ambiguous", "reasons": list(result.verdict.reasons)}
+    assert [reason.split(";")[0] for reason in result.verdict.reasons] == [
+        "the structure was found once, from one start",
+        "both halves of the particles began with one map, so that their agreement says less",
+    ]
+    assert all(reason in result.run.log.read_text(encoding="utf-8") for reason in result.verdict.reasons)
+    assert (summary["halves_are_independent"], summary["halves_began_apart"]) == (True, False)
+    by_name = summary["resolutions_in_angstroms"]
+    assert set(by_name) == {"unmasked", "masked", "randomised", "corrected"}
+    assert by_name["corrected"]["at_fsc_0.143"] == summary["resolution_in_angstroms"]
+    assert summary["map_defects"] == summary["symmetries"] == []
+    assert summary["orientations"]["effective_share"] > 0.8
+    assert summary["orientations"]["densest_tenth_share"] == pytest.approx(0.1, abs=0.05)
+    assert summary["orientations"]["cone_area_ratio"] > 0.8
+
+
+def test_the_particles_are_told_from_noise_and_the_confidence_is_the_share_of_right_poses(result, simulated):
+    summary = json.loads(result.run.summary.read_text())
+    controls = summary["controls"]
+    assert controls["n_images"] == N
+    assert controls["better_than_noise"] > 0.95
+    # What was found of synthetic particles is what was found of the real ones.
+    truth = read_poses(simulated.truth)
+    within_10 = pose_errors(result.poses, truth).within_10_degrees
+    assert controls["found_of_synthetic"] == pytest.approx(within_10, abs=0.05)
+    assert summary["confidence"]["mean"] == pytest.approx(within_10, abs=0.05)
+    assert summary["confidence"]["mean"] == pytest.approx(float(result.confidence.mean()), abs=1e-4)
+    # Where orientations do not count any more, images at the poses of others make nothing that agrees.
+    assert result.controls.shuffled_poses[9:].abs().max() < 0.15
+    # Images of noise, laid over one map, make a map like it (Henderson 2013); but less so than particles.
+    assert (result.controls.noise_only < result.half_maps.fsc - 0.05)[2:].all()
+    assert result.half_maps.fsc[9:15].min() > 0.9
 
 
 def test_every_step_of_every_stage_is_in_the_metrics(result):
@@ -274,7 +336,7 @@ def test_every_step_of_every_stage_is_in_the_metrics(result):
     assert counts["amortized"] == SETTINGS["amortized"]["n_fit_steps"] + SETTINGS["amortized"]["n_steps"]
     assert counts["placement"] == 4  # chunks of 256 that never mix the halves
     assert [line["seconds"] for line in lines] == sorted(line["seconds"] for line in lines)
-    for stage in ("prepare", "bootstrap", "amortized", "placement", "refinement"):
+    for stage in ("prepare", "bootstrap", "amortized", "placement", "refinement", "validation", "rehearsal"):
         assert f"{stage:<10} done" in result.run.log.read_text(encoding="utf-8")
 
 
@@ -318,6 +380,9 @@ def test_any_choice_of_stages_leads_to_a_map(few, tmp_path, stages, independent,
     found = reconstruct(particles, tmp_path / "run", settings(SMALLEST, stages=stages))
     assert torch.isfinite(found.map).all()
     assert found.halves_are_independent == independent
+    # Without Refinement there is nothing to rehearse, and nobody says how sure a pose is.
+    assert (found.confidence is not None) == (found.controls is not None) == independent
+    assert found.verdict.status != "solved"
     assert found.run.encoder_weights.exists() == found.run.encoder_particles.exists() == with_encoder
     assert found.sources.from_encoder == (60 if stages[0] == "amortized" else 0)
     assert found.sources.from_search == found.sources.searched == 60 - found.sources.from_encoder
@@ -374,7 +439,7 @@ def test_particles_that_were_not_trained_on_are_posed_at_the_end_as_well_as_the_
 
 def test_particles_that_were_not_trained_on_enter_the_half_maps_of_their_half_set(completed, simulated, tmp_path):
     stages = [json.loads(line)["stage"] for line in completed.run.metrics.read_text().splitlines()]
-    assert stages[-1] == "completion"
+    assert sorted(set(stages), key=stages.index)[-2:] == ["completion", "rehearsal"]
     rows = plain_parse(completed.run.particles)["particles"]
     assert len(rows["rlnRandomSubset"]) == N
     assert set(rows["rlnRandomSubset"]) == {"1", "2"}
@@ -387,3 +452,41 @@ def test_particles_that_were_not_trained_on_enter_the_half_maps_of_their_half_se
 
 def test_a_run_that_trains_on_all_particles_has_nothing_to_complete(result):
     assert "completion" not in result.run.metrics.read_text()
+
+
+@pytest.fixture(scope="module")
+def apart(simulated, tmp_path_factory):
+    """The same particles, each half of which finds its own map."""
+    torch.set_num_threads(1)
+    run = tmp_path_factory.mktemp("apart") / "run"
+    bootstrap = SETTINGS["bootstrap"] | {"n_starts": 2, "max_starts": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cryoai.training.stages.bootstrap._FEWEST_IN_A_HALF", 400)
+        chosen = settings({"bootstrap": bootstrap}, stages=("bootstrap", "refinement"))
+        return reconstruct(ParticleStack.open(simulated.particles), run, chosen)
+
+
+def test_two_halves_that_began_apart_find_one_structure_and_the_run_is_solved(apart):
+    assert apart.halves_began_apart
+    assert apart.start_agreement.is_one_structure
+    assert apart.start_agreement.poses > 0.7
+    assert (apart.verdict.status, apart.verdict.reasons) == ("solved", ())
+    summary = json.loads(apart.run.summary.read_text())
+    assert summary["verdict"] == {"status": "solved", "reasons": []}
+    assert summary["halves_began_apart"] is True
+    assert summary["start_agreement"]["poses"] == pytest.approx(apart.start_agreement.poses)
+    assert "by independent half maps that began apart" in apart.run.log.read_text(encoding="utf-8")
+
+
+def test_halves_that_began_apart_end_in_one_frame_and_one_hand_with_the_right_poses(apart, simulated):
+    truth = read_poses(simulated.truth)
+    everything = pose_errors(apart.poses, truth)
+    assert everything.within_10_degrees > 0.9
+    half_set = np.array(plain_parse(apart.run.particles)["particles"]["rlnRandomSubset"], dtype=int)
+    for half in (1, 2):
+        rows = torch.from_numpy(half_set == half)
+        errors = pose_errors(apart.poses[rows], truth[rows])
+        assert errors.mirrored == everything.mirrored
+        # The frame is that of all particles, to a few degrees that the halves' maps may be turned by.
+        assert errors.median_rotation_error_in_degrees > everything.median_rotation_error_in_degrees - 1.5
+    assert apart.half_maps.n_resolved_shells >= BOX // 2 - 3

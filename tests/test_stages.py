@@ -1,34 +1,49 @@
+"""Placement and Refinement on particles whose poses are known."""
+
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
-import roma
 import torch
 
-from cryoai.bootstrap import BootstrapSchedule, Reference
-from cryoai.contrast import ContrastSign
+from cryoai.bootstrap import BootstrapSchedule
 from cryoai.encoder import PolarEncoder
-from cryoai.fourier import FourierDisc
+from cryoai.fourier import fourier_shell_correlation
+from cryoai.half_maps import HalfMaps
 from cryoai.model import CryoAI
-from cryoai.noise import NoiseSpectrum
-from cryoai.particles import PreparedParticles
+from cryoai.noise import Fit
 from cryoai.poses import Poses, angular_distance_in_degrees
-from cryoai.reconstruction import HalfSets
-from cryoai.simulation import protein_like_phantom, resample_map
-from cryoai.training.stages import Bootstrap, Estimate, ParticlePoses, Placement, Refinement, trial_poses
-from cryoai.training.stages.base import chunks_of_halves
-from cryoai.training.stages.placement import PlacementMetrics, reliable_from
+from cryoai.reconstruction import HalfSets, particle_mask
+from cryoai.symmetry.groups import PointGroup
+from cryoai.training.stages import Estimate, Placement, Refinement, trial_poses
+from cryoai.training.stages.base import chunks_of_halves, reliable_from
+from cryoai.training.stages.placement import PlacementMetrics
+from cryoai.training.stages.refinement import _weights
 from cryoai.volumes import SampledVolume, VoxelVolume
-from oracles import make_optics, random_rotations
+from oracles import random_rotations
+from posed_particles import (
+    BOX,
+    NOISE,
+    RADIUS,
+    clean_images,
+    finish,
+    noisy,
+    off_by,
+    particles_of,
+    placed_estimate,
+    protein,
+    random_poses,
+    reference_of,
+    sums_at,
+)
 from properties import unchanged
 
-BOX, PIXEL, RADIUS, N = 32, 7.0, 10, 120
-NOISE = 0.5
-SCHEDULE = BootstrapSchedule(
-    n_steps=10, batch_size=30, last_radius=RADIUS, n_rotations=4608, shift_step_in_boxes=0.03, n_shift_steps=2
-)
+N = 120
+SCHEDULE = BootstrapSchedule(last_radius=RADIUS, n_rotations=4608, shift_step_in_boxes=0.03, n_shift_steps=2)
 # Uneven on purpose: 70 in the one half and 50 in the other.
 HALF_SET = (torch.arange(N) * 7 % 12 >= 7).long()
+NO_SYMMETRY = PointGroup.named("C1")
 
 
 @pytest.fixture(autouse=True)
@@ -38,43 +53,23 @@ def _small_chunks(monkeypatch):
 
 @pytest.fixture(scope="module")
 def density():
-    """A protein whose coefficients in the images have unit power in the mean."""
-    return torch.from_numpy(resample_map(protein_like_phantom(0), BOX, PIXEL).density) / 0.045
+    return protein()
 
 
 @pytest.fixture
 def truth():
-    return Poses(random_rotations(N).float(), 4 * torch.randn(N, 2))
+    return random_poses(N)
 
 
 @pytest.fixture
 def images(density, truth):
     """Coefficients (N, P) of noisy images of the protein."""
-    disc = FourierDisc.of_box(BOX)
-    volume = SampledVolume.from_map(density, BOX // 2)
-    clean = prepared(None, disc).imaging(BOX).predict(volume, truth, optics())
-    return clean + NOISE * torch.randn_like(clean)
+    return noisy(clean_images(density, truth))
 
 
 @pytest.fixture
 def reference(density):
-    return Reference(density, RADIUS, NoiseSpectrum(torch.full((RADIUS + 1,), NOISE**2)))
-
-
-def optics():
-    u = torch.linspace(8000, 20000, N)
-    return make_optics(pixel_size_in_angstroms=PIXEL, defocus_u_in_angstroms=u, defocus_v_in_angstroms=u)
-
-
-def prepared(path, disc):
-    return PreparedParticles(
-        path, disc, optics(), PIXEL, ContrastSign(1, 9.0), disc.n_coefficients(), torch.arange(len(optics())), ()
-    )
-
-
-def particles_of(images, path):
-    torch.view_as_real(images).numpy().astype(np.float16).tofile(path)
-    return prepared(path, FourierDisc.of_box(BOX))
+    return reference_of(density)
 
 
 def make_model(particles):
@@ -82,56 +77,14 @@ def make_model(particles):
     return CryoAI(encoder, VoxelVolume(torch.zeros(BOX, BOX, BOX)), particles.imaging(RADIUS)).eval()
 
 
-def place(particles, reference, *, model=None, searches=True, n_iterations=2):
+def place(particles, reference, *, model=None, searches=True, n_iterations=2, half_references=None):
     trials = trial_poses(particles, SCHEDULE, SCHEDULE.n_rotations) if searches else None
-    estimate = Estimate(reference=reference, model=model)
+    estimate = Estimate(reference=reference, model=model, half_references=half_references)
     return Placement(particles, estimate, HALF_SET, trials, n_iterations=n_iterations)
 
 
-def finish(stage):
-    progress = [stage.progress]
-    while not stage.finished:
-        last = stage.step()
-        progress.append(stage.progress)
-    assert all(0 <= p <= 1 for p in progress)
-    assert progress[-1] == 1
-    return last
-
-
-# ------------------------------------------------------------------------------ bootstrap
-
-
-@pytest.mark.parametrize(("n_starts", "max_starts", "n_made"), [(1, 1, 1), (2, 2, 2), (1, 2, 2)])
-def test_starts_are_made_until_two_agree_or_enough_are_made(images, tmp_path, n_starts, max_starts, n_made):
-    stage = Bootstrap(
-        particles_of(images, tmp_path / "images"),
-        SCHEDULE,
-        n_starts=n_starts,
-        max_starts=max_starts,
-        max_images=100,
-        generator=torch.Generator().manual_seed(0),
-    )
-    n_steps, progress = 0, []
-    while not stage.finished:
-        stage.step()
-        n_steps += 1
-        progress.append(stage.progress)
-    assert n_steps == n_made * SCHEDULE.n_steps
-    assert len(stage.ended) == n_made
-    assert progress[-1] == 1
-    result = stage.result()
-    assert (result.start_agreement is None) == (n_made == 1)
-    assert result.reference.max_radius == RADIUS
-    best = max(stage.ended, key=lambda ended: float(ended[1].log_likelihoods.mean()))
-    assert result.reference is best[0]
-
-
-def test_held_out_particles_are_never_drawn_and_no_more_are_read_than_allowed(images, tmp_path):
-    options = {"n_starts": 1, "max_starts": 1, "max_images": 60, "generator": torch.Generator().manual_seed(0)}
-    stage = Bootstrap(particles_of(images, tmp_path / "images"), SCHEDULE, **options)
-    assert not torch.isin(stage.held_out, stage.subset).any()
-    assert len(stage.held_out) + len(stage.subset) == 60
-    assert len(stage.held_out) == 20
+def refinement(particles, estimate, *, searches=(), group=NO_SYMMETRY, max_rounds=1, n_iterations=2, half_set=HALF_SET):
+    return Refinement(particles, estimate, half_set, searches, group, max_rounds=max_rounds, n_iterations=n_iterations)
 
 
 # ------------------------------------------------------------------------------ placement
@@ -166,6 +119,24 @@ def test_every_particle_is_placed_once_and_in_its_row(images, truth, reference, 
         )
         found = stage.result().half_sets.sums[half].sums
         torch.testing.assert_close(found, sums.sums, rtol=1e-3, atol=1e-4 * float(sums.sums.abs().max()))
+
+
+def test_each_half_is_placed_against_its_own_reference(density, images, truth, reference, tmp_path):
+    """The map of half 1 is given in another frame: its particles, and no others, end up in that frame."""
+    particles = particles_of(images, tmp_path / "images")
+    turn = torch.tensor([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    # A quarter turn about z takes (x, y) to (-y, x): exact about the centre of the box, except for its first plane.
+    turned = torch.zeros_like(density)
+    turned[:, 1:, 1:] = density[:, 1:, 1:].transpose(1, 2).flip(2)
+    stage = place(particles, reference, half_references=(reference, reference_of(turned)))
+    finish(stage)
+    found = stage.result().particles.poses.rotations
+    expected = torch.where((HALF_SET == 1)[:, None, None], turn @ truth.rotations, truth.rotations)
+    assert (angular_distance_in_degrees(found, expected) < 5).float().mean() > 0.9
+    plain = place(particles, reference)
+    finish(plain)
+    first = HALF_SET == 0
+    assert torch.equal(plain.result().particles.poses.rotations[first], found[first])
 
 
 def test_the_images_of_one_half_do_not_reach_the_other(images, reference, tmp_path):
@@ -224,7 +195,8 @@ class KnownEncoder:
         self.poses = poses
         self.asked = []
 
-    def place(self, rows):
+    def place(self, rows, half):
+        assert (HALF_SET[rows] == half).all()
         self.asked += rows.tolist()
         return self.poses[rows]
 
@@ -240,7 +212,7 @@ def place_with(encoder_poses, particles, reference, **options):
     stage = place(particles, reference, model=make_model(particles), **options)
     stage.encoder = KnownEncoder(encoder_poses)
     searched, found = [], stage._searched
-    stage._searched = lambda batch: (searched.extend(batch.indices.tolist()), found(batch))[1]
+    stage._searched = lambda batch, side: (searched.extend(batch.indices.tolist()), found(batch, side))[1]
     last = finish(stage)
     assert sorted(stage.encoder.asked) == list(range(N))
     placed = stage.result().particles
@@ -363,38 +335,21 @@ def test_of_the_particles_that_fit_reliably_few_enough_were_missed_and_a_lower_l
 # ------------------------------------------------------------------------------ refinement
 
 
-def placed_estimate(particles, poses, reference):
-    full = particles.imaging(BOX)
-    sets = HalfSets.empty(BOX)
-    for half, sums in enumerate(sets.sums):
-        rows = (half == HALF_SET).nonzero().flatten()
-        sums.add(particles.batch(rows), poses[rows], full, (full.shells > 0).float())
-    nobody = torch.zeros(N, dtype=torch.bool)
-    return Estimate(
-        reference=reference, particles=ParticlePoses(poses, nobody, nobody, nobody, None, poses), half_sets=sets
-    )
-
-
-def off_by(truth, degrees):
-    axes = torch.randn(N, 3)
-    turns = roma.rotvec_to_rotmat(torch.deg2rad(torch.tensor(degrees)) * axes / axes.norm(dim=1, keepdim=True))
-    return Poses(turns @ truth.rotations, truth.shifts_in_angstroms + 3 * torch.randn(N, 2))
-
-
 def test_refinement_improves_the_poses_and_the_half_maps_and_comes_to_an_end(images, truth, reference, tmp_path):
     particles = particles_of(images, tmp_path / "images")
-    estimate = placed_estimate(particles, off_by(truth, 6.0), reference)
-    with unchanged(estimate.particles, *estimate.half_sets.sums):
-        stage = Refinement(particles, estimate, HALF_SET, max_rounds=6, n_iterations=3)
+    estimate = placed_estimate(particles, off_by(truth, 6.0), HALF_SET, reference)
+    with unchanged(estimate.particles.poses, *estimate.half_sets.sums, estimate.half_maps):
+        stage = refinement(particles, estimate, max_rounds=6, n_iterations=3)
         before = stage.half_maps.n_resolved_shells
         limits = [stage.band_limit]
         while not stage.finished:
             stage.step()
             limits.append(stage.band_limit)
             assert 0 <= stage.progress <= 1
+    assert stage.progress == 1
     assert 1 <= stage.round <= 6
     assert limits == sorted(limits)
-    assert max(np.diff(limits)) <= 4
+    assert all(later <= 1.5 * earlier for earlier, later in itertools.pairwise(limits))
     result = stage.result()
     start, end = (
         angular_distance_in_degrees(poses.rotations, truth.rotations).median()
@@ -402,20 +357,26 @@ def test_refinement_improves_the_poses_and_the_half_maps_and_comes_to_an_end(ima
     )
     assert start > 5
     assert end < 0.6 * start
-    assert result.half_sets.half_maps().n_resolved_shells >= before
+    assert result.half_maps.n_resolved_shells >= before
+    assert result.half_maps.fsc[4:14].mean() > estimate.half_maps.fsc[4:14].mean()
     # The start of every pose is remembered.
     assert result.particles.start is estimate.particles.start
 
 
+def finish_with_one_noise(stages):
+    """Finish stages with the noise that the first one began with, of which the halves share one number in a shell."""
+    noise = stages[0].noise
+    for stage in stages:
+        stage.noise = noise
+        finish(stage)
+
+
 def test_a_round_poses_each_half_against_its_own_map(images, truth, reference, tmp_path):
-    start = off_by(truth, 4.0)
     plain = particles_of(images, tmp_path / "plain")
-    estimate = placed_estimate(plain, start, reference)
-    changed = torch.where((HALF_SET == 0)[:, None], -images, images)
-    stages = []
-    for particles in (plain, particles_of(changed, tmp_path / "negated")):
-        stages.append(Refinement(particles, estimate, HALF_SET, max_rounds=1, n_iterations=2))
-        finish(stages[-1])
+    negated = particles_of(torch.where((HALF_SET == 0)[:, None], -images, images), tmp_path / "negated")
+    estimate = placed_estimate(plain, off_by(truth, 4.0), HALF_SET, reference)
+    stages = [refinement(particles, estimate) for particles in (plain, negated)]
+    finish_with_one_noise(stages)
     first, second = (stage.result() for stage in stages)
     other = HALF_SET == 1
     assert torch.equal(first.particles.poses.rotations[other], second.particles.poses.rotations[other])
@@ -423,20 +384,124 @@ def test_a_round_poses_each_half_against_its_own_map(images, truth, reference, t
     assert not torch.equal(first.half_sets.sums[0].sums, second.half_sets.sums[0].sums)
 
 
+class FirstNegated(HalfMaps):
+    """Half maps of which the first gives a wrong reference."""
+
+    def references(self, sets, max_radius):
+        first, second = super().references(sets, max_radius)
+        return -first, second
+
+
 def test_the_map_of_a_half_moves_the_poses_of_that_half_only(images, truth, reference, tmp_path):
     particles = particles_of(images, tmp_path / "images")
-    estimate = placed_estimate(particles, off_by(truth, 4.0), reference)
-    stages = [Refinement(particles, estimate, HALF_SET, max_rounds=1, n_iterations=2) for _ in range(2)]
-    wrong = dataclasses.replace(stages[1].volumes[0], values=-stages[1].volumes[0].values)
-    stages[1].volumes = (wrong, stages[1].volumes[1])
-    for stage in stages:
-        finish(stage)
+    estimate = placed_estimate(particles, off_by(truth, 4.0), HALF_SET, reference)
+    wrong = dataclasses.replace(estimate, half_maps=FirstNegated(**vars(estimate.half_maps)))
+    stages = [refinement(particles, known) for known in (estimate, wrong)]
+    finish_with_one_noise(stages)
     first, second = (stage.result().particles.poses.rotations for stage in stages)
     assert torch.equal(first[HALF_SET == 1], second[HALF_SET == 1])
     assert (first != second).flatten(1).any(1)[HALF_SET == 0].float().mean() > 0.9
 
 
+def test_the_fit_of_an_image_is_that_to_the_map_of_the_other_half(images, truth, reference, tmp_path):
+    particles = particles_of(images, tmp_path / "images")
+    stage = refinement(particles, placed_estimate(particles, truth, HALF_SET, reference), max_rounds=2)
+    finish(stage)
+    result = stage.result()
+    imaging = particles.imaging(stage.band_limit)
+    references = result.half_maps.references(result.half_sets, stage.band_limit)
+    precision = result.noise.precision(imaging)
+    batch = particles.batch(torch.arange(N), imaging.max_radius)
+    for half in (0, 1):
+        volume = SampledVolume.from_map(references[1 - half], imaging.max_radius)
+        predicted = imaging.predict(volume, result.particles.poses, batch.optics)
+        power = (predicted.abs().square() * precision).sum(1)
+        gained = (batch.coefficients.abs().square() * precision).sum(1)
+        gained = gained - ((batch.coefficients - predicted).abs().square() * precision).sum(1)
+        # For images of the prediction itself: mean |X|^2, variance 2 |X|^2.
+        expected = (gained - power) / (2 * power).sqrt()
+        rows = half == HALF_SET
+        torch.testing.assert_close(result.particles.fit.z_scores[rows], expected[rows], rtol=1e-3, atol=1e-2)
+        torch.testing.assert_close(result.particles.fit.energies[rows], power[rows], rtol=1e-3, atol=1e-2)
+    # Of right poses, to maps that are weighted down where they are noisy.
+    assert -1 < result.particles.fit.z_scores.median() < 6
+
+
+def test_the_noise_that_refinement_finds_is_that_of_the_images(images, truth, reference, tmp_path):
+    particles = particles_of(images, tmp_path / "images")
+    stage = refinement(particles, placed_estimate(particles, truth, HALF_SET, reference), max_rounds=2)
+    finish(stage)
+    found = stage.result().noise.variance[1:] / NOISE**2
+    resolved = stage.band_limit - 3
+    assert (found[:resolved] - 1).abs().max() < 0.1
+    # What the maps do not show yet is taken for noise, and some of the noise for the map.
+    assert found.min() > 0.9
+    assert found.max() < 1.8
+
+
+# ------------------------------------------------------------------------------ weights
+
+N_MANY = 300
+BAD = torch.arange(N_MANY) % 5 == 0
+
+
+def refined_with_bad_ones(spoil, tmp_path, max_rounds=3):
+    """The end of a refinement in which a fifth of the images, in both halves, are not what they should be."""
+    truth, half_set = random_poses(N_MANY), torch.arange(N_MANY) % 2
+    images = noisy(clean_images(protein(), truth))
+    images[BAD] = spoil(images, truth)[BAD]
+    particles = particles_of(images, tmp_path / "images")
+    estimate = placed_estimate(particles, off_by(truth, 3.0), half_set, reference_of(protein()))
+    stage = refinement(particles, estimate, half_set=half_set, max_rounds=max_rounds)
+    finish(stage)
+    return stage, particles, half_set
+
+
+def only_noise(images, _truth):
+    return NOISE * torch.randn_like(images)
+
+
+def another_molecule(_images, truth):
+    return noisy(clean_images(protein(1), truth))
+
+
+def far_from_its_pose(images, _truth):
+    return images.roll(5, 0)
+
+
+@pytest.mark.parametrize("spoil", [only_noise, another_molecule, far_from_its_pose])
+def test_an_image_that_does_not_fit_has_little_weight_and_the_map_is_better_for_it(spoil, tmp_path):
+    stage, particles, half_set = refined_with_bad_ones(spoil, tmp_path)
+    result = stage.result()
+    weights = _weights(result.particles.fit)
+    assert weights[BAD].median() < 0.1
+    assert weights[BAD].mean() < 0.25 * weights[~BAD].mean()
+    good = weights[~BAD] / weights[~BAD].median()
+    assert ((good > 0.5) & (good < 1.5)).float().mean() > 0.95
+    # The map of all images at the same poses, with equal weights, is further from the truth.
+    equal = sums_at(particles, result.particles.poses, half_set)
+    mask, truth = particle_mask(BOX), protein()
+    weighted_fsc, equal_fsc = (
+        fourier_shell_correlation(sum(sets.solved()) * mask, truth * mask) for sets in (result.half_sets, equal)
+    )
+    assert weighted_fsc[6:14].mean() > equal_fsc[6:14].mean() + 0.005
+
+
+def test_an_image_with_more_noise_counts_by_the_inverse_of_its_power(tmp_path):
+    stage, _, _ = refined_with_bad_ones(lambda images, _truth: noisy(images, NOISE * 3**0.5), tmp_path)
+    weights = _weights(stage.result().particles.fit)
+    # Four times the power of the others.
+    assert float(weights[BAD].median() / weights[~BAD].median()) == pytest.approx(0.25, abs=0.08)
+
+
+def test_before_anything_is_known_of_the_images_they_all_count_alike():
+    assert torch.equal(_weights(Fit.blank(7, "cpu")), torch.ones(7))
+    alike = Fit(torch.full((7,), -1.5), torch.full((7,), 20.0), torch.ones(7))
+    assert _weights(alike).std() < 1e-6
+    assert _weights(alike)[0] > 0.9
+
+
 def test_refinement_needs_placed_particles(images, reference, tmp_path):
     particles = particles_of(images, tmp_path / "images")
     with pytest.raises(ValueError, match="placed"):
-        Refinement(particles, Estimate(reference=reference), HALF_SET, max_rounds=1, n_iterations=1)
+        refinement(particles, Estimate(reference=reference))

@@ -33,8 +33,10 @@ from cryoai.poses import Poses
 from cryoai.reconstruction import ReconstructionSums
 from cryoai.refinement import refine_poses
 from cryoai.simulation import protein_like_phantom, simulate
-from cryoai.training.loop import Reconstruction, reconstruct
-from cryoai.training.settings import Settings
+from cryoai.training.loop import reconstruct
+from cryoai.training.refining import refine
+from cryoai.training.results import Reconstruction
+from cryoai.training.settings import RefineSettings, Settings
 from cryoai.volumes import FourierNetVolume, SampledVolume, VoxelVolume
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "Poses",
     "Reconstruction",
     "ReconstructionSums",
+    "RefineSettings",
     "RunFailedError",
     "SampledVolume",
     "Settings",
@@ -69,6 +72,7 @@ __all__ = [
     "read_map",
     "read_poses",
     "reconstruct",
+    "refine",
     "refine_poses",
     "simulate",
     "write_map",

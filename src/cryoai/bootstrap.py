@@ -18,13 +18,12 @@ import roma
 import torch
 from torch import Tensor
 
-from cryoai.alignment import align_poses
 from cryoai.contrast import ContrastSign
 from cryoai.fourier import resize_map, soft_sphere
 from cryoai.imaging import ImagingModel
 from cryoai.noise import NoiseSpectrum
 from cryoai.particles import ParticleBatch, PreparedParticles
-from cryoai.poses import Poses, angular_distance_in_degrees
+from cryoai.poses import Poses
 from cryoai.reconstruction import ReconstructionSums
 from cryoai.search import Candidates, Templates, TrialPoses, search_poses, shift_grid
 from cryoai.volumes import SampledVolume
@@ -33,7 +32,6 @@ __all__ = [
     "BootstrapSchedule",
     "Reference",
     "StochasticSearch",
-    "agreement",
     "contrast_by_search",
     "held_out_poses",
     "search_box",
@@ -233,14 +231,6 @@ def held_out_poses(particles: PreparedParticles, rows: Tensor, reference: Refere
         for batch in particles.batches(rows, 200, imaging.max_radius)
     ]
     return Candidates(Poses.cat([part.poses for part in parts]), torch.cat([part.log_likelihoods for part in parts]))
-
-
-def agreement(first: Candidates, second: Candidates) -> float:
-    """Share of particles that two references pose within 20° of each other, after alignment."""
-    a, b = first.poses[:, 0], second.poses[:, 0]
-    change = align_poses(a, b)
-    distance = angular_distance_in_degrees(change.of_poses(a).rotations, b.rotations)
-    return float((distance < 20).float().mean())
 
 
 def contrast_by_search(particles: PreparedParticles, generator: torch.Generator) -> ContrastSign:

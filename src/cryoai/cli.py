@@ -14,6 +14,7 @@ from cryoai.commands.checking import check
 from cryoai.commands.comparing import compare_results, flip_hand_of_run
 from cryoai.commands.exporting import export
 from cryoai.commands.judging import evaluate, info
+from cryoai.commands.refining import refine_particles
 from cryoai.commands.running import infer, reconstruct_particles
 from cryoai.commands.simulating import demo, simulate_particles
 from cryoai.errors import InputError, RunFailedError
@@ -34,11 +35,12 @@ app = App(
 )
 
 _LONGEST_MESSAGE = 2000
-_VERBS: dict[str, Callable[..., None]] = {
+_VERBS: dict[str, Callable[..., int | None]] = {
     "demo": demo,
     "simulate": simulate_particles,
     "check": check,
     "reconstruct": reconstruct_particles,
+    "refine": refine_particles,
     "infer": infer,
     "evaluate": evaluate,
     "compare": compare_results,
@@ -51,13 +53,13 @@ for _name, _command in _VERBS.items():
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0 done, 1 the run failed, 2 bad input or usage."""
+    """Run a command; returns the exit status: 0 done, 1 the run failed, 2 bad input or usage, 3 an ambiguous result."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in tokens
     if debug:
         tokens.remove("--debug")
     try:
-        app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        status = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except (InputError, CycloptsError) as error:
         return _fail(describe(error.__cause__) if isinstance(error.__cause__, ValidationError) else error, 2, debug)
     except RunFailedError as error:
@@ -69,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("cryoai: stopped", file=sys.stderr)
         return 130
-    return 0
+    return status if isinstance(status, int) else 0
 
 
 def _fail(error: Exception, status: int, debug: bool) -> int:

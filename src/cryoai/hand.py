@@ -122,8 +122,9 @@ def _changes(run: RunFolder) -> Iterable[tuple[Path, Callable[[Path, Path], None
     for path in (run.map, run.particles):
         if not path.is_file():
             raise InputError(f"{path}: no such file; a run folder with its map and particles is needed")
+    maps = (run.map, *run.half_maps, run.mask, run.sharpened_map, run.local_resolution)
     everything = [
-        *((path, _write_mirrored_map) for path in (run.map, *run.half_maps, run.mask)),
+        *((path, _write_mirrored_map) for path in maps),
         *((path, _write_turned_particles) for path in (run.particles, run.encoder_particles)),
         (run.encoder_weights, _write_encoder),
         (run.volume_weights, _write_volume),

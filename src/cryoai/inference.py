@@ -4,11 +4,8 @@ One streaming pass: an image is read, normalised, shown to the encoder, and the 
 probable hypotheses under the map of the run is its pose. No image is read twice or kept. With local
 refinement, those few that then do not fit are also searched for.
 
-The confidence is the probability that a pose is within 10° of the right one. What it goes by - the
-fit of image and prediction, the encoder's own probability, the lead over the next answer - is turned
-into a probability by logistic regression on synthetic particles of the run's own map, whose poses
-are known (Platt 1999). Particles that fit worse than nearly all of those whose pose was found do not
-belong to the map at all, whatever the encoder thinks of them, and lose their confidence.
+The confidence (:mod:`cryoai.confidence`) goes by the fit of image and prediction, the encoder's own
+probability, and the lead over the next answer.
 """
 
 from __future__ import annotations
@@ -29,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from cryoai.bootstrap import BootstrapSchedule, Reference
+from cryoai.confidence import RIGHT_IN_DEGREES, Confidence
 from cryoai.encoder import EncoderArchitecture, PoseEncoder
 from cryoai.errors import InputError
 from cryoai.formats.files import atomic_path
@@ -46,7 +44,6 @@ from cryoai.search import Templates, search_poses
 from cryoai.volumes import SampledVolume, VoxelVolume
 
 __all__ = [
-    "Confidence",
     "Inferred",
     "PosePredictor",
     "TrainedEncoder",
@@ -55,13 +52,10 @@ __all__ = [
     "infer_file",
 ]
 
-RIGHT_IN_DEGREES = 10.0
-"""Poses nearer to the truth than this are right."""
 _BATCH = 1000
 _N_SYNTHETIC = 6000
 # Share of the particles whose pose was found that fit so badly that they lose confidence.
 _WORST_FITS = 0.02
-_RIDGE = 1e-3
 # A fit so many standard deviations from that of particles of the map calls for a search, if there is one.
 _MISFIT = -2.5
 # Of such a search, the best rotations that are judged beside the encoder's.
@@ -174,49 +168,6 @@ def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-# ------------------------------------------------------------------------------ confidence
-
-
-@dataclass(frozen=True, eq=False)
-class Confidence:
-    """From what speaks for a pose to the probability that it is right.
-
-    ``weights`` (f,) belong to the features of :func:`_features`; ``fits`` (q,) are evenly spaced
-    quantiles of the fit of particles whose pose was found.
-    """
-
-    weights: Tensor
-    fits: Tensor
-
-    @classmethod
-    def learn(cls, placing: Placing, right: Tensor) -> Confidence:
-        """From placings (n,) of which it is known which were right (n,)."""
-        features, target = _features(placing), right.double()
-        weights = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
-        ridge = _RIDGE * len(features) * torch.eye(len(weights), dtype=torch.float64, device=features.device)
-        for _ in range(30):  # Newton; the ridge keeps it finite where the classes do not overlap
-            p = torch.sigmoid(features @ weights)
-            hessian = (features.T * (p * (1 - p)).clamp_min(1e-6)) @ features + ridge
-            weights = weights + torch.linalg.solve(hessian, features.T @ (target - p) - ridge @ weights)
-        found = placing.fit[right] if bool(right.any()) else placing.fit
-        return cls(weights, torch.quantile(found.double(), torch.linspace(0, 1, 1001).to(found).double()))
-
-    def __call__(self, placing: Placing) -> Tensor:
-        """Probabilities (B,) that the poses are right."""
-        probability = torch.sigmoid(_features(placing) @ self.weights)
-        rank = torch.searchsorted(self.fits, placing.fit.double()) / (len(self.fits) - 1)
-        return (probability * (rank / _WORST_FITS).clamp(max=1)).float()
-
-
-def _features(placing: Placing) -> Tensor:
-    """What a confidence goes by (B, 6), each of order one."""
-    fit = placing.fit.double().clamp(-30, 10) / 5
-    probability = torch.logit(placing.probability.double(), eps=1e-4) / 3
-    lead = placing.lead.double().clamp_min(0).sqrt() / 3
-    one = torch.ones_like(fit)
-    return torch.stack([one, fit, probability, lead, fit.square(), fit * probability], dim=-1)
-
-
 # ------------------------------------------------------------------------------ prediction
 
 
@@ -264,12 +215,14 @@ class PosePredictor:
         density = torch.from_numpy(read_map(run.map).density).to(device)
         reference = Reference(density, trained.max_radius, trained.noise).at_box(trained.n_pixels)
         model = CryoAI(trained.build(disc), VoxelVolume(reference.density), imaging, encoder_inputs[trained.input])
-        blank = Confidence(torch.zeros(0), torch.zeros(0))
+        blank = Confidence(torch.zeros(0), torch.zeros(0), _WORST_FITS)
         volume = reference.sampled()
         extent = trained.n_pixels * trained.pixel_size_in_angstroms
         templates = Templates.of(volume, BootstrapSchedule().trials(extent, device), imaging) if n_iterations else None
         bare = cls(trained, model.eval(), volume, blank, n_iterations, templates)
-        return replace(bare, confidence=Confidence.learn(*bare._rehearse(_N_SYNTHETIC, seed=0)))
+        rehearsed, right = bare._rehearse(_N_SYNTHETIC, seed=0)
+        learned = Confidence.learn(_features(rehearsed), rehearsed.fit, right, worst=_WORST_FITS)
+        return replace(bare, confidence=learned)
 
     def place(self, batch: ParticleBatch) -> Placing:
         """The pose of each of the particles, and what speaks for it; the fit on the scale of synthetic ones."""
@@ -309,7 +262,7 @@ class PosePredictor:
             placing = self.place(batch)
             rows = batch.indices.cpu()
             assign_poses(poses, rows, placing.poses.to(cpu))
-            confidence[rows] = self.confidence(placing).cpu()
+            confidence[rows] = self.confidence(_features(placing), placing.fit).cpu()
             progress(int(rows[-1]) + 1)
         return Inferred(poses, confidence, tuple(quarantine.found))
 
@@ -360,6 +313,15 @@ class PosePredictor:
             placings.append(placing)
             right.append(distance < RIGHT_IN_DEGREES)
         return Placing.cat(placings), torch.cat(right)
+
+
+def _features(placing: Placing) -> Tensor:
+    """What a confidence goes by (B, 6), each of order one."""
+    fit = placing.fit.double().clamp(-30, 10) / 5
+    probability = torch.logit(placing.probability.double(), eps=1e-4) / 3
+    lead = placing.lead.double().clamp_min(0).sqrt() / 3
+    one = torch.ones_like(fit)
+    return torch.stack([one, fit, probability, lead, fit.square(), fit * probability], dim=-1)
 
 
 def check_output(source: Path, out: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from cryoai.fourier import shell_mean
 from cryoai.imaging import ImagingModel
 
-__all__ = ["NoiseSpectrum", "fit_z_scores", "log_likelihood"]
+__all__ = ["Fit", "NoiseSpectrum", "fit_z_scores", "log_likelihood"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,3 +68,43 @@ def fit_z_scores(observed: Tensor, predicted: Tensor, precision: Tensor) -> Tens
     energy = (predicted.abs().square() * precision).sum(-1)
     gain = 2 * ((observed * predicted.conj()).real * precision).sum(-1) - energy
     return (gain - energy) / (2 * energy).sqrt().clamp_min(1e-6)
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """How images and their predictions fit each other.
+
+    Attributes
+    ----------
+    z_scores : (N,)
+        See :func:`fit_z_scores`.
+    energies : (N,)
+        Of the predictions, over the noise: the log-likelihood that a right one gains on average.
+    noise_scales : (N,)
+        Mean power of what is left, over that of the noise: 1 where the noise is as in the other images.
+    """
+
+    z_scores: Tensor
+    energies: Tensor
+    noise_scales: Tensor
+
+    @classmethod
+    def of(cls, observed: Tensor, predicted: Tensor, precision: Tensor) -> Fit:
+        """Of coefficients (N, p) and their prediction."""
+        energies = (predicted.abs().square() * precision).sum(-1)
+        residuals = -log_likelihood(observed, predicted, precision) / (precision > 0).sum()
+        return cls(fit_z_scores(observed, predicted, precision), energies, residuals)
+
+    @classmethod
+    def blank(cls, n: int, device: torch.device | str) -> Fit:
+        """A table for n images; not a number."""
+        return cls(*torch.full((3, n), torch.nan, device=device))
+
+    def assign(self, rows: Tensor, found: Fit) -> None:
+        """Write what was found for some images into this table, in place."""
+        index = rows.to(self.z_scores.device)
+        for name, table in vars(self).items():
+            table[index] = getattr(found, name)
+
+    def __getitem__(self, index: Tensor) -> Fit:
+        return Fit(self.z_scores[index], self.energies[index], self.noise_scales[index])

@@ -12,7 +12,6 @@ shell correlation says how much of each shell is signal.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,9 +20,7 @@ from torch import Tensor
 
 from cryoai.fourier import (
     HalfLattice,
-    fourier_shell_correlation,
     invert_transform,
-    n_shells_above,
     shell_mean,
     soft_sphere,
     trilinear_falloff,
@@ -32,7 +29,7 @@ from cryoai.imaging import ImagingModel
 from cryoai.particles import ParticleBatch
 from cryoai.poses import Poses
 
-__all__ = ["HalfMaps", "HalfSets", "ReconstructionSums", "particle_mask"]
+__all__ = ["HalfSets", "ReconstructionSums", "particle_mask"]
 
 # Below this fraction of its shell's mean, a lattice point is too poorly seen to be divided by its
 # own weight: RELION's limit for the same purpose.
@@ -57,15 +54,17 @@ class ReconstructionSums:
         return cls(lattice, torch.zeros((3, lattice.n_points), device=device))
 
     def add(
-        self, batch: ParticleBatch, poses: Poses, imaging: ImagingModel, precision: Tensor, weight: float = 1.0
+        self, batch: ParticleBatch, poses: Poses, imaging: ImagingModel, precision: Tensor, weight: float | Tensor = 1.0
     ) -> None:
-        """Add particles at their poses (B, ...); several poses of one particle are each given ``weight``.
+        """Add particles at their poses (B, ...).
 
-        ``precision`` (p,) is ``1 / s^2`` of every coefficient.
+        ``precision`` (p,) is ``1 / s^2`` of every coefficient, and ``weight``, one or (B,), a further factor of it for
+        each pose of a particle.
         """
         observed = batch.coefficients[:, : imaging.n_coefficients]
         ctf = imaging.ctf(batch.optics)
-        matched, information = weight * precision * ctf * observed, weight * precision * ctf.square()
+        precisions = torch.as_tensor(weight, device=observed.device).reshape(-1, 1) * precision
+        matched, information = precisions * ctf * observed, precisions * ctf.square()
         extra = poses.rotations.ndim - 3
         shape = (len(batch), *(1,) * extra, -1)
         centred = matched.reshape(shape) * imaging.shift_phases(poses.shifts_in_angstroms, batch.optics).conj()
@@ -114,33 +113,6 @@ class ReconstructionSums:
 
 
 @dataclass(frozen=True, eq=False)
-class HalfMaps:
-    """What two independent halves of the particles say.
-
-    Attributes
-    ----------
-    first, second : (n, n, n)
-        Unfiltered half maps.
-    fsc : (n // 2 + 1,)
-        Fourier shell correlation between them within ``mask``.
-    n_resolved_shells
-        Last shell before the correlation falls below 0.143 for the first time (Rosenthal &
-        Henderson 2003).
-    """
-
-    first: Tensor
-    second: Tensor
-    mask: Tensor
-    fsc: Tensor
-    n_resolved_shells: int
-
-    def resolution_in_angstroms(self, pixel_size_in_angstroms: float) -> float:
-        """Period of the last resolved shell; infinite if no shell is resolved."""
-        extent = self.first.shape[-1] * pixel_size_in_angstroms
-        return extent / self.n_resolved_shells if self.n_resolved_shells else math.inf
-
-
-@dataclass(frozen=True, eq=False)
 class HalfSets:
     """The sums of two independent halves of the particles, out to the Nyquist frequency."""
 
@@ -155,39 +127,13 @@ class HalfSets:
     def __add__(self, other: HalfSets) -> HalfSets:
         return HalfSets((self.sums[0] + other.sums[0], self.sums[1] + other.sums[1]))
 
-    def half_maps(self) -> HalfMaps:
-        """Solve both halves without a prior and compare them inside a soft sphere."""
-        n = self.sums[0].lattice.n_pixels
-        no_prior = torch.zeros(n // 2 + 1, device=self.sums[0].sums.device)
+    def solved(self) -> tuple[Tensor, Tensor]:
+        """Both maps (n, n, n), without a prior."""
+        no_prior = torch.zeros(self.sums[0].lattice.n_pixels // 2 + 1, device=self.sums[0].sums.device)
         first, second = (sums.solve(no_prior) for sums in self.sums)
-        mask = particle_mask(n, device=first.device)
-        fsc = fourier_shell_correlation(first * mask, second * mask).float()
-        return HalfMaps(first, second, mask, fsc, n_shells_above(fsc, 0.143))
-
-    def references(self, half_maps: HalfMaps, max_radius: int) -> tuple[Tensor, Tensor]:
-        """Each half's own map (n, n, n), every shell weighted by what the FSC says of its signal."""
-        prior = [_prior_of(sums, half_maps.fsc, half_maps.n_resolved_shells) for sums in self.sums]
-        first, second = (
-            sums.solve(p, max_radius=max_radius) * half_maps.mask for sums, p in zip(self.sums, prior, strict=True)
-        )
         return first, second
-
-    def combined(self, half_maps: HalfMaps) -> Tensor:
-        """The map (n, n, n) of all particles, weighted by its FSC and cut where the halves part."""
-        both = self.sums[0] + self.sums[1]
-        # The FSC of the whole with a perfect map follows from that of the halves.
-        whole = 2 * half_maps.fsc / (1 + half_maps.fsc)
-        prior = _prior_of(both, whole, half_maps.n_resolved_shells)
-        return both.solve(prior, max_radius=max(1, half_maps.n_resolved_shells))
 
 
 def particle_mask(n_pixels: int, *, device: torch.device | str = "cpu") -> Tensor:
     """Soft sphere (n, n, n) that holds any particle centred in its box."""
     return soft_sphere(n_pixels, 0.42 * n_pixels, 0.08 * n_pixels, device=device)
-
-
-def _prior_of(sums: ReconstructionSums, fsc: Tensor, n_resolved_shells: int) -> Tensor:
-    """Prior precision (n_shells,) for which the Wiener filter of a shell is its FSC."""
-    fsc = fsc.clamp(1e-3, 0.999).clone()
-    fsc[n_resolved_shells + 2 :] = 1e-3
-    return sums.mean_weight() * (1 - fsc) / fsc

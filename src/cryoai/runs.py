@@ -22,12 +22,24 @@ from cryoai.formats.files import atomic_path, make_empty_folder
 from cryoai.formats.mrc import write_map
 from cryoai.particle_stack import Fault
 
-__all__ = ["RunFolder", "finite_or_none"]
+__all__ = ["FscColumns", "RunFolder", "finite_or_none"]
 
 
 def finite_or_none(value: float | None) -> float | None:
     """The value to three digits after the point; None for what JSON cannot hold."""
     return round(value, 3) if value is not None and math.isfinite(value) else None
+
+
+@dataclass(frozen=True, eq=False)
+class FscColumns:
+    """Correlations of half maps (n // 2 + 1,) by shell; ``fsc`` is the one that counts, the others stand beside it."""
+
+    fsc: Tensor
+    unmasked: Tensor | None = None
+    masked: Tensor | None = None
+    phases_randomised: Tensor | None = None
+    noise_only: Tensor | None = None
+    shuffled_poses: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -107,8 +119,21 @@ class RunFolder:
         return self.path / "mask.mrc"
 
     @property
+    def sharpened_map(self) -> Path:
+        return self.path / "map_sharpened.mrc"
+
+    @property
+    def local_resolution(self) -> Path:
+        """In Å; 0 outside the mask."""
+        return self.path / "local_resolution.mrc"
+
+    @property
     def fsc(self) -> Path:
         return self.path / "fsc.csv"
+
+    @property
+    def validation_figure(self) -> Path:
+        return self.path / "validation.png"
 
     @property
     def particles(self) -> Path:
@@ -155,11 +180,15 @@ class RunFolder:
     def write_map(self, path: Path, density: Tensor, pixel_size_in_angstroms: float) -> None:
         write_map(path, density.cpu().numpy().astype(np.float32), pixel_size_in_angstroms)
 
-    def write_fsc(self, fsc: Tensor, pixel_size_in_angstroms: float) -> None:
-        """Columns: shell, its period in Å, its correlation."""
-        extent = 2 * (len(fsc) - 1) * pixel_size_in_angstroms
-        rows = [f"{s},{extent / s if s else float('inf'):.4f},{value:.6f}" for s, value in enumerate(fsc.tolist())]
-        self.write_text(self.fsc, "\n".join(["shell,period_in_angstroms,fsc", *rows]) + "\n")
+    def write_fsc(self, columns: FscColumns, pixel_size_in_angstroms: float) -> None:
+        """Columns: shell, its period in Å, and the correlations that there are."""
+        curves = {name: curve for name, curve in vars(columns).items() if curve is not None}
+        extent = 2 * (len(columns.fsc) - 1) * pixel_size_in_angstroms
+        rows = [",".join(["shell", "period_in_angstroms", *curves])]
+        for shell, values in enumerate(zip(*(curve.tolist() for curve in curves.values()), strict=True)):
+            period = extent / shell if shell else math.inf
+            rows.append(",".join([str(shell), f"{period:.4f}", *(f"{value:.6f}" for value in values)]))
+        self.write_text(self.fsc, "\n".join(rows) + "\n")
 
     def write_quarantine(self, faults: Sequence[Fault]) -> None:
         """Columns: row in the particle file, counted from 1, image, reason."""

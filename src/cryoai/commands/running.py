@@ -19,8 +19,10 @@ from cryoai.training.loop import reconstruct
 from cryoai.training.settings import Preset, Settings
 from cryoai.watching import FollowedFolder
 
-__all__ = ["infer", "reconstruct_particles"]
+__all__ = ["EXIT_STATUS", "infer", "reconstruct_particles"]
 
+EXIT_STATUS = {"solved": 0, "ambiguous": 3, "failed": 1}
+"""Of a run, by its verdict."""
 _SETTINGS = Group("Settings", help="Each can also stand in a TOML file given with --settings.")
 
 
@@ -34,8 +36,11 @@ def reconstruct_particles(
     ctf: Path | None = None,
     passthrough: tuple[Path, ...] = (),
     settings: Annotated[Settings, Parameter(name="*", group=_SETTINGS)] = Settings(),
-) -> None:
+) -> int:
     """Reconstruct a map, half maps and every pose from particles with unknown orientations.
+
+    Ends with a verdict, and with exit status 0 if the run is solved, 3 if it is ambiguous, 1 if it failed: with the
+    reasons, which are in summary.json too. The files are written whatever the verdict.
 
     Parameters
     ----------
@@ -58,7 +63,8 @@ def reconstruct_particles(
     chosen = Settings.assemble(preset, settings_file, settings.model_dump(exclude_unset=True))
     table = read_particles(particles, ctf=ctf, passthrough=passthrough)
     check_before_run(table, run_dir, chosen, data_dir=data_dir)
-    reconstruct(ParticleStack.of_table(table, data_dir=data_dir), run_dir, chosen)
+    result = reconstruct(ParticleStack.of_table(table, data_dir=data_dir), run_dir, chosen)
+    return EXIT_STATUS[result.verdict.status]
 
 
 def infer(

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from cryoai.errors import InputError
+from cryoai.symmetry.groups import PointGroup
 
 __all__ = [
     "AmortizedSettings",
     "BootstrapSettings",
     "PlacementSettings",
     "Preset",
+    "RefineSettings",
     "RefinementSettings",
     "Settings",
     "StageName",
@@ -30,6 +32,13 @@ Preset = Literal["auto", "paper"]
 Positive = Annotated[int, Field(gt=0)]
 
 
+def _canonical(symmetry: str) -> str:
+    return PointGroup.named(symmetry).name
+
+
+Symmetry = Annotated[str, AfterValidator(_canonical)]
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,9 +47,9 @@ class BootstrapSettings(_Frozen):
     """A low-resolution map from nothing, by annealed stochastic search."""
 
     n_starts: Annotated[int, Field(ge=1, le=16)] = 2
-    """Random starts that are always made; the best by held-out likelihood wins."""
-    max_starts: Annotated[int, Field(ge=1, le=16)] = 3
-    """More starts are made, up to this number, while no two agree."""
+    """Random starts that are always made, in one half of the particles and the other by turns."""
+    max_starts: Annotated[int, Field(ge=1, le=16)] = 6
+    """More starts are made, up to this number and of three times the steps, while no two agree."""
     n_steps: Annotated[int, Field(ge=10)] = 200
     """Steps of a start."""
     batch_size: Positive = 200
@@ -116,25 +125,35 @@ class RefinementSettings(_Frozen):
     """Passes over all particles at most; it ends earlier when the resolution no longer grows."""
     n_iterations: Annotated[int, Field(ge=1, le=20)] = 3
     """Gauss-Newton steps of a particle in a round."""
+    defocus_std_in_angstroms: Annotated[float, Field(ge=0, le=5000)] = 0.0
+    """Standard deviation of the errors of the stated defocus: each particle's is refined then. 0 to leave it."""
 
 
-class Settings(_Frozen):
-    """Everything that decides the result of a run, beside the particles."""
-
-    stages: tuple[StageName, ...] = ("bootstrap", "amortized", "refinement")
-    """Stages to run, in this order."""
+class _OfEveryRun(_Frozen):
     box: Annotated[int, Field(ge=32, le=1024, multiple_of=2)] | None = None
     """Working box in pixels, to which the images are Fourier-cropped. Default: theirs, at most 128."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Of all randomness; bit for bit the same result needs one thread (OMP_NUM_THREADS=1) beside it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a CUDA device if there is one."""
-    max_particles: Annotated[int, Field(ge=100)] = 50_000
-    """Particles, drawn at random, that map and encoder are made from; the others are posed at the end, in one pass."""
     max_faulty_share: Annotated[float, Field(ge=0, lt=1)] = 0.02
     """Images that are missing, not finite or constant are set aside; if more than this share is, the run stops."""
     contrast: Literal["auto", "bright", "dark"] = "auto"
     """Whether protein is bright or dark in the images; auto decides it from them."""
+
+    def to_toml(self) -> str:
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+class Settings(_OfEveryRun):
+    """Everything that decides the result of a run, beside the particles."""
+
+    stages: tuple[StageName, ...] = ("bootstrap", "amortized", "refinement")
+    """Stages to run, in this order."""
+    max_particles: Annotated[int, Field(ge=100)] = 50_000
+    """Particles, drawn at random, that map and encoder are made from; the others are posed at the end, in one pass."""
+    symmetry: Symmetry = "C1"
+    """Point group of the molecule, Cn, Dn, T, O or I; imposed from Refinement on, once the map shows its axes."""
     bootstrap: BootstrapSettings = BootstrapSettings()
     amortized: AmortizedSettings = AmortizedSettings()
     placement: PlacementSettings = PlacementSettings()
@@ -155,6 +174,8 @@ class Settings(_Frozen):
             raise InputError(
                 "setting stages: bootstrap or amortized is needed; without either there is no map to start from"
             )
+        if self.symmetry != "C1" and "refinement" not in self.stages:
+            raise InputError(f"--symmetry {self.symmetry}: is imposed in refinement, which is not among the stages")
         n_starts, max_starts = self.bootstrap.n_starts, self.bootstrap.max_starts
         if max_starts < n_starts:
             raise InputError(f"setting bootstrap.max_starts: {max_starts}; at least n_starts, {n_starts}, is needed")
@@ -189,8 +210,22 @@ class Settings(_Frozen):
             raise describe(error) from None
         return settings.checked()
 
-    def to_toml(self) -> str:
-        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+class RefineSettings(_OfEveryRun):
+    """Everything that decides the result of a refinement of given poses, beside the particles."""
+
+    symmetry: Symmetry = "C1"
+    """Point group of the molecule, Cn, Dn, T, O or I, with its axes where RELION has them."""
+    mask: Path | None = None
+    """Map that is 1 inside the molecule and 0 outside, at the box of the images or the working box. Default: found."""
+    half_sets: Literal["file", "new"] | None = None
+    """Those of the file, or new ones drawn at random. Default: those of the file where it has usable ones."""
+    max_rounds: Annotated[int, Field(ge=1, le=50)] = 10
+    """Passes over all particles at most; it ends earlier when the resolution no longer grows."""
+    n_iterations: Annotated[int, Field(ge=1, le=20)] = 3
+    """Gauss-Newton steps of a particle in a round."""
+    defocus_std_in_angstroms: Annotated[float, Field(ge=0, le=5000)] = 0.0
+    """Standard deviation of the errors of the stated defocus: each particle's is refined then. 0 to leave it."""
 
 
 # The published method, with the defects of its released code mended: encoder and FourierNet from
@@ -219,8 +254,9 @@ def describe(error: ValidationError) -> InputError:
     """The first fault of refused settings, in one line."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"]) or "settings"
+    command = "refine" if error.title == RefineSettings.__name__ else "reconstruct"
     message = first["msg"].removeprefix("Value error, ")
-    return InputError(f"setting {key}: {message}; see cryoai reconstruct --help")
+    return InputError(f"setting {key}: {message}; see cryoai {command} --help")
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

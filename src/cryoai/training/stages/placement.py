@@ -8,17 +8,19 @@ import torch
 from torch import Tensor
 
 from cryoai.bootstrap import BootstrapSchedule, Reference, search_box
+from cryoai.half_maps import HalfMaps
+from cryoai.imaging import ImagingModel
 from cryoai.model import CryoAI
-from cryoai.noise import NoiseSpectrum, fit_z_scores
+from cryoai.noise import Fit, NoiseSpectrum, fit_z_scores
 from cryoai.particles import ParticleBatch, PreparedParticles
 from cryoai.poses import Poses, angular_distance_in_degrees, assign_poses, blank_poses
 from cryoai.reconstruction import HalfSets
 from cryoai.refinement import RefinedPoses, refine_coarse_to_fine
 from cryoai.search import Templates, TrialPoses, search_poses
-from cryoai.training.stages.base import Estimate, ParticlePoses, chunks_of_halves
+from cryoai.training.stages.base import Estimate, ParticlePoses, chunks_of_halves, reliable_from
 from cryoai.volumes import SampledVolume
 
-__all__ = ["Placement", "PlacementMetrics", "reliable_from", "trial_poses"]
+__all__ = ["Placement", "PlacementMetrics", "trial_poses"]
 
 # Two poses of one particle nearer than this are one answer.
 _SAME_ANSWER_IN_DEGREES = 10.0
@@ -44,8 +46,8 @@ class PlacementMetrics:
 class Placement:
     """The first pose of every particle: the encoder's where it fits, else the likelier of it and a search's.
 
-    One pass over the particles. Every proposal is refined locally against the common reference
-    before it is judged. Of the first two thousand, spread over the stack, all are searched too; from then
+    One pass over the particles. Every proposal is refined locally against the reference of the particle's
+    half before it is judged. Of the first two thousand, spread over the stack, all are searched too; from then
     on only those whose fit to the encoder's pose is such that the search had something better to
     offer. The images enter the sums of their half sets on the way.
 
@@ -74,23 +76,23 @@ class Placement:
             raise ValueError("placement needs a reference, and trial poses or an encoder")
         self.particles = particles
         self.estimate = estimate
-        self.reference = estimate.reference
+        references = estimate.half_references or (estimate.reference, estimate.reference)
+        self.max_radius = min(reference.max_radius for reference in references)
         self.n_iterations = n_iterations
         self.half_set = half_set
         self.chunks = _spread(chunks_of_halves(half_set))
         self.n_chunks_done = 0
         self.n_placed = 0
-        self.coarse = particles.cropped(search_box(self.reference.max_radius, particles.n_pixels))
-        self.volume = self.reference.at_box(self.coarse.n_pixels).sampled()
+        self.coarse = particles.cropped(search_box(self.max_radius, particles.n_pixels))
+        self.imaging = self.coarse.imaging(self.max_radius)
+        self.sides = [_Side.of(reference, trials, self.imaging) for reference in references]
         device = particles.disc.device
-        imaging = self.coarse.imaging(self.reference.max_radius)
-        self.templates = None if trials is None else Templates.of(self.volume, trials, imaging)
         n = particles.n_particles
         self.full = particles.imaging(particles.disc.max_radius)
         self.full_precision = particles.power(torch.arange(n), self.full.max_radius).precision(self.full)
         self.half_sets = HalfSets.empty(particles.n_pixels, device=device)
         self.poses = blank_poses(n, device)
-        self.encoder = None if estimate.model is None else _Encoder.of(estimate.model, particles, self.reference)
+        self.encoder = None if estimate.model is None else _Encoder.of(estimate.model, particles, references)
         self.from_encoder = torch.zeros(n, dtype=torch.bool, device=device)
         self.sources_agree = torch.zeros(n, dtype=torch.bool, device=device)
         self.searched = torch.zeros(n, dtype=torch.bool, device=device)
@@ -123,25 +125,29 @@ class Placement:
 
     def result(self) -> Estimate:
         encoder_poses = None if self.encoder is None else self.encoder.poses
+        fit = Fit.blank(self.particles.n_particles, self.particles.disc.device)
         placed = ParticlePoses(
-            self.poses, self.from_encoder, self.searched, self.sources_agree, encoder_poses, self.poses
+            self.poses, self.from_encoder, self.searched, self.sources_agree, encoder_poses, self.poses, fit
         )
-        return replace(self.estimate, particles=placed, half_sets=self.half_sets)
+        half_maps = HalfMaps.of(self.half_sets, self.particles.pixel_size_in_angstroms)
+        return replace(self.estimate, particles=placed, half_sets=self.half_sets, half_maps=half_maps)
 
     def _place(self, rows: Tensor) -> RefinedPoses:
-        batch = self.coarse.batch(rows, self.reference.max_radius)
+        half = int(self.half_set[rows[0]])
+        side = self.sides[half]
+        batch = self.coarse.batch(rows, self.max_radius)
         index = batch.indices
         if self.encoder is None:
             self.searched[index] = True
-            return self._searched(batch)
-        encoded = self._refined(batch, self.encoder.place(rows))
+            return self._searched(batch, side)
+        encoded = self._refined(batch, self.encoder.place(rows, half), side)
         self.from_encoder[index] = True
-        if self.templates is None:
+        if side.templates is None:
             return encoded
-        self.fit[index] = self._fit(batch, encoded.poses)
+        self.fit[index] = self._fit(batch, encoded.poses, side)
         doubtful = self._doubtful(index)
         if bool(doubtful.any()):
-            searched = self._searched(batch[doubtful])
+            searched = self._searched(batch[doubtful], side)
             self._compare(index[doubtful], encoded[doubtful], searched)
             encoded = encoded.with_better(doubtful, searched)
         return encoded
@@ -163,20 +169,33 @@ class Placement:
         self.missed[index] = likelier & (distance >= _SAME_ANSWER_IN_DEGREES)
         self.from_encoder[index] = ~likelier
 
-    def _searched(self, batch: ParticleBatch) -> RefinedPoses:
-        assert self.templates is not None
-        imaging = self.coarse.imaging(self.reference.max_radius)
-        precision = self.reference.noise.precision(imaging)
-        return self._refined(batch, search_poses(batch, self.templates, imaging, precision, 1).poses[:, 0])
+    def _searched(self, batch: ParticleBatch, side: _Side) -> RefinedPoses:
+        assert side.templates is not None
+        precision = side.noise.precision(self.imaging)
+        found = search_poses(batch, side.templates, self.imaging, precision, 1).poses[:, 0]
+        return self._refined(batch, found, side)
 
-    def _fit(self, batch: ParticleBatch, poses: Poses) -> Tensor:
-        imaging = self.coarse.imaging(self.reference.max_radius)
-        predicted = imaging.predict(self.volume, poses, batch.optics)
-        return fit_z_scores(batch.coefficients, predicted, self.reference.noise.precision(imaging))
+    def _fit(self, batch: ParticleBatch, poses: Poses, side: _Side) -> Tensor:
+        predicted = self.imaging.predict(side.volume, poses, batch.optics)
+        return fit_z_scores(batch.coefficients, predicted, side.noise.precision(self.imaging))
 
-    def _refined(self, batch: ParticleBatch, start: Poses) -> RefinedPoses:
-        imaging = self.coarse.imaging(self.reference.max_radius)
-        return refine_coarse_to_fine(batch, start, self.volume, imaging, self.reference.noise, self.n_iterations)
+    def _refined(self, batch: ParticleBatch, start: Poses, side: _Side) -> RefinedPoses:
+        return refine_coarse_to_fine(batch, start, side.volume, self.imaging, side.noise, self.n_iterations)
+
+
+@dataclass(frozen=True, eq=False)
+class _Side:
+    """What one half of the particles is posed against."""
+
+    volume: SampledVolume
+    noise: NoiseSpectrum
+    templates: Templates | None
+
+    @classmethod
+    def of(cls, reference: Reference, trials: TrialPoses | None, imaging: ImagingModel) -> _Side:
+        volume = reference.at_box(imaging.disc.n_pixels).sampled(imaging.max_radius)
+        templates = None if trials is None else Templates.of(volume, trials, imaging)
+        return cls(volume, reference.noise, templates)
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,28 +204,29 @@ class _Encoder:
 
     model: CryoAI
     particles: PreparedParticles
-    volume: SampledVolume
-    noise: NoiseSpectrum
+    volumes: tuple[SampledVolume, SampledVolume]
+    noises: tuple[NoiseSpectrum, NoiseSpectrum]
     poses: Poses
 
     @classmethod
-    def of(cls, model: CryoAI, particles: PreparedParticles, reference: Reference) -> _Encoder:
+    def of(cls, model: CryoAI, particles: PreparedParticles, references: tuple[Reference, Reference]) -> _Encoder:
         imaging = model.imaging
         box = imaging.disc.n_pixels
+        # Lattices are in cycles per pixel: the same physical map, at the encoder's box.
+        first, second = (reference.at_box(box).sampled(imaging.max_radius) for reference in references)
         return cls(
             model,
             particles.cropped(box),
-            # Lattices are in cycles per pixel: the same physical map, at the encoder's box.
-            reference.at_box(box).sampled(imaging.max_radius),
-            reference.noise,
+            (first, second),
+            (references[0].noise, references[1].noise),
             blank_poses(particles.n_particles, particles.disc.device),
         )
 
-    def place(self, rows: Tensor) -> Poses:
-        """The likeliest hypothesis for each of the particles; it also enters the table."""
+    def place(self, rows: Tensor, half: int) -> Poses:
+        """The likeliest hypothesis for each of the particles, all of one half; it also enters the table."""
         batch = self.particles.batch(rows, self.model.imaging.max_radius)
         # Not refined, because a search costs less than to refine many hypotheses of every particle.
-        poses = self.model.place(batch, self.volume, self.noise, n_iterations=0).poses
+        poses = self.model.place(batch, self.volumes[half], self.noises[half], n_iterations=0).poses
         assign_poses(self.poses, rows, poses)
         return poses
 
@@ -215,22 +235,6 @@ def _spread(chunks: list[Tensor]) -> list[Tensor]:
     """The chunks in an order whose beginning is spread over all of them."""
     stride = max(1, len(chunks) // 4)
     return [chunk for offset in range(stride) for chunk in chunks[offset::stride]]
-
-
-def reliable_from(fit: Tensor, missed: Tensor, share: float) -> float:
-    """The lowest fit (n,) such that of the particles that fit as well or better at most a share was missed (n,).
-
-    Infinite if not even the best fit is reliable.
-
-    Examples
-    --------
-    >>> reliable_from(torch.tensor([0.0, -1.0, -2.0, -3.0]), torch.tensor([False, False, True, True]), 0.1)
-    -1.0
-    """
-    ordered, order = fit.sort(descending=True)
-    missed_so_far = missed[order].cumsum(0) / torch.arange(1, len(fit) + 1, device=fit.device)
-    reliable = (missed_so_far <= share).nonzero()
-    return float(ordered[reliable[-1, 0]]) if len(reliable) else torch.inf
 
 
 def trial_poses(particles: PreparedParticles, schedule: BootstrapSchedule, n_rotations: int) -> TrialPoses:
