@@ -70,7 +70,7 @@ def test_reports_read_what_runs_wrote_and_run_nothing():
 
 
 def test_only_the_trainer_and_the_command_line_know_the_settings():
-    trainer = {f"cryoai.training.{name}" for name in ("building", "loop", "refining")}
+    trainer = {f"cryoai.training.{name}" for name in ("building", "loop", "refining", "resuming")}
     assert importers_of("cryoai.training.settings") == {"cryoai", "cryoai.cli"} | COMMANDS | trainer
 
 

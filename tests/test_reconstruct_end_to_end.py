@@ -175,7 +175,7 @@ def test_images_without_use_are_set_aside_and_their_rows_kept(tmp_path, max_part
     images = np.memmap(stack, np.float32, "r+", offset=1024, shape=(199, 32, 32))
     images[7, 3, 3], images[20, 0, 0], images[90] = np.nan, np.inf, 1.5
     images.flush()
-    changes = {"max_particles": max_particles, "max_faulty_share": 0.03}
+    changes = {"max_particles": max_particles, "max_faulty_share": 0.04}
     result = reconstruct(ParticleStack.open(made.particles), tmp_path / "run", settings(SMALLEST, **changes))
     rows = {7, 20, 90, 199}
     assert {fault.row for fault in result.faults} == rows

@@ -88,12 +88,10 @@ def posing(estimate, particles, trials):
 
 def posed(found, particles, half_set):
     """What came of a block in one go."""
-    work = found.pose(particles, half_set)
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            return end.value
+    work = found.begin(particles, half_set)
+    while not work.finished:
+        work.step()
+    return work.result()
 
 
 def rehearsed(stage):

@@ -149,7 +149,7 @@ def test_where_nobody_was_lost_nobody_is_moved_far(tmp_path, truth, plan):
 
 
 def test_a_sample_tells_for_whom_it_is_worth_while_to_search(tmp_path, truth, monkeypatch):
-    monkeypatch.setattr("cryoai.training.stages.refinement._PILOT", 40)
+    monkeypatch.setattr("cryoai.training.stages.rounds._PILOT", 40)
     stage, metrics = refined(tmp_path, truth, with_some_lost(truth), [(1, 4608, None)])
     assert int(LOST.sum()) + 20 < metrics.given_a_second_chance < N
     assert (errors(stage.result().particles.poses, truth)[LOST] < 8).float().mean() > 0.9

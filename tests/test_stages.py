@@ -19,7 +19,7 @@ from cryoai.symmetry.groups import PointGroup
 from cryoai.training.stages import Estimate, Placement, Refinement, trial_poses
 from cryoai.training.stages.base import chunks_of_halves, reliable_from
 from cryoai.training.stages.placement import PlacementMetrics
-from cryoai.training.stages.refinement import _weights
+from cryoai.training.stages.rounds import _weights
 from cryoai.volumes import SampledVolume, VoxelVolume
 from oracles import random_rotations
 from posed_particles import (
@@ -340,14 +340,13 @@ def test_refinement_improves_the_poses_and_the_half_maps_and_comes_to_an_end(ima
     estimate = placed_estimate(particles, off_by(truth, 6.0), HALF_SET, reference)
     with unchanged(estimate.particles.poses, *estimate.half_sets.sums, estimate.half_maps):
         stage = refinement(particles, estimate, max_rounds=6, n_iterations=3)
-        before = stage.half_maps.n_resolved_shells
-        limits = [stage.band_limit]
+        limits = [stage.round.band_limit]
         while not stage.finished:
             stage.step()
-            limits.append(stage.band_limit)
+            limits.append(stage.round.band_limit)
             assert 0 <= stage.progress <= 1
     assert stage.progress == 1
-    assert 1 <= stage.round <= 6
+    assert 1 <= stage.round.number <= 6
     assert limits == sorted(limits)
     assert all(later <= 1.5 * earlier for earlier, later in itertools.pairwise(limits))
     result = stage.result()
@@ -357,7 +356,7 @@ def test_refinement_improves_the_poses_and_the_half_maps_and_comes_to_an_end(ima
     )
     assert start > 5
     assert end < 0.6 * start
-    assert result.half_maps.n_resolved_shells >= before
+    assert result.half_maps.n_resolved_shells >= estimate.half_maps.n_resolved_shells
     assert result.half_maps.fsc[4:14].mean() > estimate.half_maps.fsc[4:14].mean()
     # The start of every pose is remembered.
     assert result.particles.start is estimate.particles.start
@@ -365,9 +364,10 @@ def test_refinement_improves_the_poses_and_the_half_maps_and_comes_to_an_end(ima
 
 def finish_with_one_noise(stages):
     """Finish stages with the noise that the first one began with, of which the halves share one number in a shell."""
-    noise = stages[0].noise
+    noise = stages[0].round.noise
     for stage in stages:
-        stage.noise = noise
+        begun = stage.state()
+        stage.restore(dataclasses.replace(begun, round=dataclasses.replace(begun.round, noise=noise)))
         finish(stage)
 
 
@@ -408,8 +408,8 @@ def test_the_fit_of_an_image_is_that_to_the_map_of_the_other_half(images, truth,
     stage = refinement(particles, placed_estimate(particles, truth, HALF_SET, reference), max_rounds=2)
     finish(stage)
     result = stage.result()
-    imaging = particles.imaging(stage.band_limit)
-    references = result.half_maps.references(result.half_sets, stage.band_limit)
+    imaging = particles.imaging(stage.round.band_limit)
+    references = result.half_maps.references(result.half_sets, stage.round.band_limit)
     precision = result.noise.precision(imaging)
     batch = particles.batch(torch.arange(N), imaging.max_radius)
     for half in (0, 1):
@@ -432,7 +432,7 @@ def test_the_noise_that_refinement_finds_is_that_of_the_images(images, truth, re
     stage = refinement(particles, placed_estimate(particles, truth, HALF_SET, reference), max_rounds=2)
     finish(stage)
     found = stage.result().noise.variance[1:] / NOISE**2
-    resolved = stage.band_limit - 3
+    resolved = stage.round.band_limit - 3
     assert (found[:resolved] - 1).abs().max() < 0.1
     # What the maps do not show yet is taken for noise, and some of the noise for the map.
     assert found.min() > 0.9

@@ -36,6 +36,7 @@ from cryoai.simulation import protein_like_phantom, simulate
 from cryoai.training.loop import reconstruct
 from cryoai.training.refining import refine
 from cryoai.training.results import Reconstruction
+from cryoai.training.resuming import resume
 from cryoai.training.settings import RefineSettings, Settings
 from cryoai.volumes import FourierNetVolume, SampledVolume, VoxelVolume
 
@@ -74,6 +75,7 @@ __all__ = [
     "reconstruct",
     "refine",
     "refine_poses",
+    "resume",
     "simulate",
     "write_map",
 ]

@@ -31,6 +31,7 @@ from cryoai.volumes import SampledVolume
 __all__ = [
     "BootstrapSchedule",
     "Reference",
+    "SearchState",
     "StochasticSearch",
     "contrast_by_search",
     "held_out_poses",
@@ -116,6 +117,17 @@ def search_box(last_radius: int, n_pixels: int) -> int:
     return min(n_pixels, 2 * (last_radius + 4))
 
 
+@dataclass(frozen=True, eq=False)
+class SearchState:
+    """How far a search has come."""
+
+    steps_done: int
+    log_likelihood: float
+    sums: ReconstructionSums
+    noise: NoiseSpectrum
+    density: Tensor
+
+
 class StochasticSearch:
     """One search from one random start; :meth:`step` advances it.
 
@@ -163,6 +175,14 @@ class StochasticSearch:
         if self.steps_done > 0:
             self._update_noise(batch, poses, imaging)
         self.steps_done += 1
+
+    def state(self) -> SearchState:
+        return SearchState(self.steps_done, self.log_likelihood, self.sums, self.noise, self.density)
+
+    def restore(self, state: SearchState) -> None:
+        """Go on from the state of a search of the same particles and schedule."""
+        self.steps_done, self.log_likelihood = state.steps_done, state.log_likelihood
+        self.sums, self.noise, self.density = state.sums, state.noise, state.density
 
     def reference(self) -> Reference:
         """The current map, to be posed against."""

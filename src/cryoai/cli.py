@@ -15,10 +15,11 @@ from cryoai.commands.comparing import compare_results, flip_hand_of_run
 from cryoai.commands.exporting import export
 from cryoai.commands.judging import evaluate, info
 from cryoai.commands.refining import refine_particles
-from cryoai.commands.running import infer, reconstruct_particles
+from cryoai.commands.running import infer, reconstruct_particles, resume_run
 from cryoai.commands.simulating import demo, simulate_particles
 from cryoai.errors import InputError, RunFailedError
 from cryoai.formats.files import shown
+from cryoai.interruption import InterruptedRunError
 from cryoai.training.settings import describe
 
 __all__ = ["app", "main"]
@@ -41,6 +42,7 @@ _VERBS: dict[str, Callable[..., int | None]] = {
     "check": check,
     "reconstruct": reconstruct_particles,
     "refine": refine_particles,
+    "resume": resume_run,
     "infer": infer,
     "evaluate": evaluate,
     "compare": compare_results,
@@ -53,7 +55,10 @@ for _name, _command in _VERBS.items():
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0 done, 1 the run failed, 2 bad input or usage, 3 an ambiguous result."""
+    """Run a command; returns the exit status.
+
+    0 done, 1 the run failed, 2 bad input or usage, 3 an ambiguous result, 128 and its number after a signal.
+    """
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in tokens
     if debug:
@@ -68,6 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(InputError(f"{error.filename}: no permission to write; give another place"), 2, debug)
     except OSError as error:
         return _fail(RunFailedError(f"{error.filename or 'input or output'}: {error.strerror}"), 1, debug)
+    except InterruptedRunError as error:
+        print(f"cryoai: {error}", file=sys.stderr)
+        return error.exit_status
     except KeyboardInterrupt:
         print("cryoai: stopped", file=sys.stderr)
         return 130

@@ -51,8 +51,10 @@ def correlate_with_blob(coefficients: Tensor, optics: Optics, disc: FourierDisc)
 
 def decide_sign(correlations: Tensor, sign: int | None) -> ContrastSign:
     """The sign that the correlations (N,) speak for, if none is given."""
-    deviation, mean = torch.std_mean(correlations)
-    z_score = float(mean / (deviation / math.sqrt(len(correlations))).clamp_min(1e-12))
+    z_score = 0.0
+    if len(correlations) > 1:
+        deviation, mean = torch.std_mean(correlations)
+        z_score = float(mean / (deviation / math.sqrt(len(correlations))).clamp_min(1e-12))
     if sign is None:
         sign = -1 if z_score < 0 else 1
     return ContrastSign(sign, z_score)

@@ -100,6 +100,8 @@ def contrast_transfer_function(optics: Optics, disc: FourierDisc, max_radius: in
 
 def _groups_of_equal_microscope(optics: Optics) -> list[Tensor]:
     """Indices of the particles that share all that torch-ctf computes faster as a scalar."""
+    if not len(optics):
+        return []
     shared = torch.stack(
         [
             optics.pixel_size_in_angstroms,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -27,9 +28,11 @@ from cryoai.pose_files import pose_columns, poses_from_columns
 from cryoai.poses import Poses
 from cryoai.working_box import commonest_image
 
-__all__ = ["Fault", "ParticleStack"]
+__all__ = ["Fault", "ParticleSource", "ParticleStack"]
 
 _OPEN_FILES = 64
+# Images that are looked at to see whether they are the same.
+_N_FINGERPRINTED = 64
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,25 @@ class Fault:
         return f"row {self.row + 1} ({self.image}) {self.reason}"
 
 
+@dataclass(frozen=True)
+class ParticleSource:
+    """The files that particles come from; see :meth:`ParticleStack.open`."""
+
+    path: Path
+    data_dir: Path | None = None
+    ctf: Path | None = None
+    passthrough: tuple[Path, ...] = ()
+
+    def read(self) -> ParticleTable:
+        """The table of the particles, without a look at their images."""
+        return read_particles(self.path, ctf=self.ctf, passthrough=self.passthrough)
+
+    def absolute(self) -> ParticleSource:
+        """The same, whatever the working folder is."""
+        data_dir, ctf = (None if path is None else path.absolute() for path in (self.data_dir, self.ctf))
+        return ParticleSource(self.path.absolute(), data_dir, ctf, tuple(path.absolute() for path in self.passthrough))
+
+
 class ParticleStack:
     """The particles of a file; their images stay on disk until asked for.
 
@@ -56,8 +78,11 @@ class ParticleStack:
     torch.Size([2, 64, 64])
     """
 
-    def __init__(self, table: ParticleTable, stacks: tuple[MrcStack, ...]) -> None:
+    def __init__(
+        self, table: ParticleTable, stacks: tuple[MrcStack, ...], source: ParticleSource | None = None
+    ) -> None:
         self.table = table
+        self.source = source or ParticleSource(table.path)
         self._stacks = stacks
         self._open: OrderedDict[int, np.memmap] = OrderedDict()
 
@@ -90,25 +115,32 @@ class ParticleStack:
         InputError
             If a file, column or value is missing or wrong, with the row and the fix.
         """
-        table = read_particles(
-            Path(path), ctf=None if ctf is None else Path(ctf), passthrough=[Path(file) for file in passthrough]
+        return cls.of_source(
+            ParticleSource(
+                Path(path),
+                None if data_dir is None else Path(data_dir),
+                None if ctf is None else Path(ctf),
+                tuple(Path(file) for file in passthrough),
+            )
         )
-        return cls.of_table(table, data_dir=None if data_dir is None else Path(data_dir))
 
     @classmethod
-    def of_table(cls, table: ParticleTable, *, data_dir: Path | None = None) -> ParticleStack:
-        """The particles of a table whose file was read already; see :meth:`open`."""
-        if data_dir is not None and not data_dir.is_dir():
-            raise InputError(f"--data-dir {data_dir}: no such folder; give the folder the image paths start from")
-        roots = image_roots(table.path, data_dir)
+    def of_source(cls, source: ParticleSource, table: ParticleTable | None = None) -> ParticleStack:
+        """The particles of a source, whose ``table`` may have been read already; see :meth:`open`."""
+        table = table or source.read()
+        if source.data_dir is not None and not source.data_dir.is_dir():
+            raise InputError(
+                f"--data-dir {source.data_dir}: no such folder; give the folder the image paths start from"
+            )
+        roots = image_roots(table.path, source.data_dir)
         stacks = tuple(open_stack(_found(name, roots, table.path)) for name in table.images.names)
         _check_stacks(table, stacks)
-        return cls(table, stacks)
+        return cls(table, stacks, source)
 
     def take(self, indices: Tensor) -> ParticleStack:
         """The particles of rows ``indices`` (B,) only, in that order."""
         chosen = indices.cpu().numpy()
-        return ParticleStack(self.table.take(chosen), self._stacks)
+        return ParticleStack(self.table.take(chosen), self._stacks, self.source)
 
     def keep_table(self, copy: Path) -> ParticleStack:
         """The same particles with a copy of their table, beside ``copy`` with the suffix of its kind.
@@ -123,7 +155,7 @@ class ParticleStack:
         if self.table.star is None:
             return self
         star = replace(self.table.star, path=target, fingerprint=file_fingerprint(target))
-        return ParticleStack(replace(self.table, star=star), self._stacks)
+        return ParticleStack(replace(self.table, star=star), self._stacks, self.source)
 
     @property
     def n_particles(self) -> int:
@@ -136,6 +168,20 @@ class ParticleStack:
         rank = np.empty(len(names), dtype=np.int64)
         rank[names] = np.arange(len(names))
         return torch.from_numpy(np.lexsort((images.index, rank[images.stack])))
+
+    def fingerprint(self) -> str:
+        """Of all that is known of the particles, and of some of their images: the same for the same particles."""
+        table = self.table
+        digest = hashlib.sha256(repr(table.images.names).encode())
+        columns = [values for values in vars(table).values() if isinstance(values, np.ndarray)]
+        columns += [table.images.stack, table.images.index]
+        if table.poses is not None:
+            columns += [table.poses.angles_in_degrees, table.poses.origins_in_angstroms]
+        for values in columns:
+            digest.update(np.ascontiguousarray(values).data)
+        for row in torch.linspace(0, len(table) - 1, min(len(table), _N_FINGERPRINTED)).long():
+            digest.update(self.stored_images(row[None]).numpy().data)
+        return digest.hexdigest()
 
     @property
     def image_sizes(self) -> NDArray[np.int64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cryoai.contrast import ContrastSign, PowerOfGroups, correlate_with_blob, decide_sign
 from cryoai.errors import InputError
+from cryoai.formats.files import reserve
 from cryoai.fourier import FourierDisc
 from cryoai.imaging import ImagingModel
 from cryoai.limits import BACKGROUND_RADIUS, LARGEST_VALUE
@@ -97,6 +98,11 @@ class PreparedParticles:
         """The working box."""
         return self.disc.n_pixels
 
+    @property
+    def n_bytes(self) -> int:
+        """Of the file, at least: it has room for those that could not be used."""
+        return 4 * self.n_stored * (self.n_particles + len(self.faults))
+
     def cropped(self, n_pixels: int) -> PreparedParticles:
         """The same particles Fourier-cropped to a smaller box, which costs nothing."""
         return replace(
@@ -170,7 +176,8 @@ def prepare_particles(
     extent = stack.pixel_size_in_angstroms * stack.n_pixels
     optics, boxes = _common_extent(stack, n_pixels, extent)
     shape = (stack.n_particles, disc.n_coefficients(), 2)
-    rows = np.memmap(path, dtype=np.float16, mode="w+", shape=shape)
+    reserve(path, 2 * math.prod(shape))
+    rows = np.memmap(path, dtype=np.float16, mode="r+", shape=shape)
     power = PowerOfGroups(stack.optics_group, disc)
     blob_correlations, usable, faults = [], [], Quarantine(stack, max_faulty_share)
     n_done = 0
@@ -253,6 +260,23 @@ class Quarantine:
         self._most = max_faulty_share * stack.n_particles
         self.found: list[Fault] = []
 
+    def note(self, faults: Sequence[Fault]) -> None:
+        """Add some that were found elsewhere.
+
+        Raises
+        ------
+        InputError
+            If all that were found are more than the share that is allowed.
+        """
+        self.found += faults
+        if len(self.found) > self._most:
+            some = "; ".join(map(str, self.found[:_NAMED]))
+            more = "" if len(self.found) <= _NAMED else f"; and {len(self.found) - _NAMED} more so far"
+            raise InputError(
+                f"{self._path}: too many images cannot be used: {some}{more}; {self._most / self._n_particles:.1%} "
+                f"of {self._n_particles} are tolerated: remove the rows, or see cryoai check"
+            )
+
     def sift(self, part: _Normalised) -> _Normalised:
         """The usable ones of some images.
 
@@ -261,14 +285,7 @@ class Quarantine:
         InputError
             If all that were found are more than the share that is allowed.
         """
-        self.found += part.faults
-        if len(self.found) > self._most:
-            some = "; ".join(map(str, self.found[:_NAMED]))
-            more = "" if len(self.found) <= _NAMED else f"; and {len(self.found) - _NAMED} more so far"
-            raise InputError(
-                f"{self._path}: too many images cannot be used: {some}{more}; {self._most / self._n_particles:.1%} "
-                f"of {self._n_particles} are tolerated: remove the rows, or see cryoai check"
-            )
+        self.note(part.faults)
         if not part.faults:
             return part
         device = part.coefficients.device

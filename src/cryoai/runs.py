@@ -76,6 +76,22 @@ class RunFolder:
             raise InputError(f"{path}: not the folder of a finished run (no {run.summary.name}); give one")
         return run
 
+    @classmethod
+    def unfinished(cls, path: Path) -> RunFolder:
+        """A folder that holds a run that was stopped on its way.
+
+        Raises
+        ------
+        InputError
+            If it does not.
+        """
+        run = cls(path)
+        if run.summary.is_file():
+            raise InputError(f"{path}: this run is finished; its results are there")
+        if not run.origin.is_file():
+            raise InputError(f"{path}: not the folder of a run that was stopped (no {run.origin.name}); give one")
+        return run
+
     @property
     def command(self) -> Path:
         return self.path / "command.txt"
@@ -83,6 +99,26 @@ class RunFolder:
     @property
     def settings(self) -> Path:
         return self.path / "settings.toml"
+
+    @property
+    def origin(self) -> Path:
+        """What the run was given, as long as it is not finished."""
+        return self.path / "origin.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of what the run needs to go on; removed when it is finished."""
+        return self.path / "checkpoints"
+
+    @property
+    def prepared(self) -> Path:
+        """What belongs to the images at the working box; removed likewise."""
+        return self.checkpoints / "prepared.safetensors"
+
+    @property
+    def lock(self) -> Path:
+        """There while a process is at work in the folder."""
+        return self.path / "at_work.lock"
 
     @property
     def log(self) -> Path:
@@ -98,7 +134,7 @@ class RunFolder:
 
     @property
     def prepared_images(self) -> Path:
-        """Scratch file of the images at the working box; removed when the run ends."""
+        """Scratch file of the images at the working box; removed when the run is finished."""
         return self.path / "prepared_images.f16"
 
     @property
@@ -197,6 +233,12 @@ class RunFolder:
         writer.writerow(["row", "image", "reason"])
         writer.writerows([fault.row + 1, fault.image, fault.reason] for fault in faults)
         self.write_text(self.quarantine, text.getvalue())
+
+    def tidy(self) -> None:
+        """Remove what only a run that is not finished needs."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for scratch in (self.prepared_images, self.prepared_block, self.origin):
+            scratch.unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Remove the folder and all that the run wrote."""

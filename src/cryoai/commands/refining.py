@@ -9,8 +9,7 @@ from cyclopts import Group, Parameter
 
 from cryoai.commands.checking import check_before_run
 from cryoai.commands.running import EXIT_STATUS
-from cryoai.formats.particle_files import read_particles
-from cryoai.particle_stack import ParticleStack
+from cryoai.particle_stack import ParticleSource, ParticleStack
 from cryoai.training.refining import refine
 from cryoai.training.settings import RefineSettings, Settings
 
@@ -45,7 +44,8 @@ def refine_particles(
     passthrough
         For a .cs: the passthrough file of the same job, which holds the fields that it lacks. May be repeated.
     """
-    table = read_particles(particles, passthrough=passthrough)
+    source = ParticleSource(particles, data_dir, passthrough=passthrough)
+    table = source.read()
     of_check = Settings(
         box=settings.box,
         contrast=settings.contrast,
@@ -53,5 +53,5 @@ def refine_particles(
         max_particles=max(len(table), 100),
     )
     check_before_run(table, run_dir, of_check, data_dir=data_dir)
-    result = refine(ParticleStack.of_table(table, data_dir=data_dir), run_dir, settings)
+    result = refine(ParticleStack.of_source(source, table), run_dir, settings)
     return EXIT_STATUS[result.verdict.status]

@@ -10,16 +10,16 @@ from cyclopts import Group, Parameter
 
 from cryoai.commands.checking import check_before_run
 from cryoai.commands.flags import require
-from cryoai.formats.particle_files import read_particles
 from cryoai.hardware import choose_device
 from cryoai.inference import PosePredictor, check_output, infer_file
-from cryoai.particle_stack import ParticleStack
+from cryoai.particle_stack import ParticleSource, ParticleStack
 from cryoai.runs import RunFolder
 from cryoai.training.loop import reconstruct
+from cryoai.training.resuming import resume
 from cryoai.training.settings import Preset, Settings
 from cryoai.watching import FollowedFolder
 
-__all__ = ["EXIT_STATUS", "infer", "reconstruct_particles"]
+__all__ = ["EXIT_STATUS", "infer", "reconstruct_particles", "resume_run"]
 
 EXIT_STATUS = {"solved": 0, "ambiguous": 3, "failed": 1}
 """Of a run, by its verdict."""
@@ -61,10 +61,25 @@ def reconstruct_particles(
         For a .cs: the passthrough file of the same job, which holds the fields that it lacks. May be repeated.
     """
     chosen = Settings.assemble(preset, settings_file, settings.model_dump(exclude_unset=True))
-    table = read_particles(particles, ctf=ctf, passthrough=passthrough)
+    source = ParticleSource(particles, data_dir, ctf, passthrough)
+    table = source.read()
     check_before_run(table, run_dir, chosen, data_dir=data_dir)
-    result = reconstruct(ParticleStack.of_table(table, data_dir=data_dir), run_dir, chosen)
+    result = reconstruct(ParticleStack.of_source(source, table), run_dir, chosen)
     return EXIT_STATUS[result.verdict.status]
+
+
+def resume_run(run_dir: Path) -> int:
+    """Go on with a run of reconstruct or refine that was stopped: by Ctrl-C, a queue, a crash or a full disk.
+
+    Particles and settings must be as they were. On the CPU with one thread (OMP_NUM_THREADS=1) the result is the same
+    to the last bit as that of a run that was never stopped. The exit status is that of reconstruct.
+
+    Parameters
+    ----------
+    run_dir
+        Folder of the run.
+    """
+    return EXIT_STATUS[resume(run_dir).verdict.status]
 
 
 def infer(

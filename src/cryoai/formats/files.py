@@ -19,6 +19,7 @@ __all__ = [
     "is_file",
     "make_empty_folder",
     "read_start",
+    "reserve",
     "shown",
     "writable_folder",
 ]
@@ -42,6 +43,22 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def reserve(path: Path, n_bytes: int) -> None:
+    """Make a file of this size, all of it on the disk: a full disk is met here, and not when memory maps are written.
+
+    Raises
+    ------
+    OSError
+        If there is no room; the file is gone again.
+    """
+    try:
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise OSError(error.errno, f"{error.strerror} ({n_bytes / 1e9:.1f} GB are needed)", str(path)) from None
 
 
 def file_fingerprint(path: Path) -> tuple[int, int]:

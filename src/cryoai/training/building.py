@@ -39,6 +39,7 @@ from cryoai.volumes import AbstractVolume, FourierNetVolume, VoxelVolume
 
 __all__ = [
     "build_completion",
+    "build_model",
     "build_refinement",
     "build_rehearsal",
     "build_rehearsal_of_refinement",
@@ -142,7 +143,16 @@ def build_completion(
 ) -> Completion:
     """The stage that poses the particles that were left out at first."""
     posing = _build_posing(particles, estimate, settings)
-    return Completion(stack, left, particles, estimate, half_set, posing, folder.prepared_block)
+    return Completion(
+        stack,
+        left,
+        particles,
+        estimate,
+        half_set,
+        posing,
+        folder.prepared_block,
+        max_faulty_share=settings.max_faulty_share,
+    )
 
 
 def build_rehearsal(
@@ -244,7 +254,7 @@ def _build_start(
     return Amortized(
         particles,
         estimate,
-        _build_model(number, particles, settings),
+        build_model(particles, settings, number),
         n_steps=chosen.n_steps,
         n_fit_steps=chosen.n_fit_steps,
         wake_batch_size=chosen.wake_batch_size,
@@ -258,8 +268,10 @@ def _build_start(
     )
 
 
-def _build_model(number: int, particles: PreparedParticles, settings: Settings) -> CryoAI:
+def build_model(particles: PreparedParticles, settings: Settings, number: int = 0) -> CryoAI:
+    """The encoder and volume of a start, at their box, with the first weights."""
     chosen = settings.amortized
+    particles = particles.cropped(chosen.box)
     # Weights are drawn from the global generator: seed it, differently for each start, and leave it as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed + 2**31 * number)

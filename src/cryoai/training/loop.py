@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import functools
 from pathlib import Path
 
 import safetensors.torch
@@ -13,32 +13,31 @@ from cryoai.errors import InputError
 from cryoai.formats.files import atomic_path
 from cryoai.hardware import choose_device
 from cryoai.particle_stack import ParticleStack
-from cryoai.runs import RunFolder
 from cryoai.symmetry.groups import PointGroup
 from cryoai.training.building import (
     build_completion,
+    build_model,
     build_rehearsal,
     build_stage,
     build_trained_encoder,
     stage_names,
 )
-from cryoai.training.monitor import Monitor
+from cryoai.training.course import Course
+from cryoai.training.origin import Origin
 from cryoai.training.results import Reconstruction, conclude
+from cryoai.training.session import Session, new_run, work_on
 from cryoai.training.settings import Settings
-from cryoai.training.stages import Estimate
 from cryoai.training.steps import (
-    carry_out,
     choose_box,
     contrast_is_clear,
     draw_halves,
     examine_result,
     finish,
-    new_run,
     prepare,
     say_faults,
 )
 
-__all__ = ["reconstruct"]
+__all__ = ["carry_on", "reconstruct", "working_box"]
 
 
 def reconstruct(particles: ParticleStack, run: str | Path, settings: Settings | None = None) -> Reconstruction:
@@ -59,71 +58,74 @@ def reconstruct(particles: ParticleStack, run: str | Path, settings: Settings | 
     11.0
     """
     settings = (settings or Settings()).checked()
-    box = _working_box(particles, settings)
+    box = working_box(particles, settings)
     device = choose_device(settings.device)
     with new_run(Path(run)) as folder:
-        return _run(particles, folder, settings, box, device)
+        Origin.of("reconstruct", particles, settings.to_toml()).write(folder)
+        # The run's own copy of the table is what is written again at the end, whatever becomes of the file.
+        stack = particles.keep_table(folder.input_particles)
+        with work_on(folder, device, settings.checkpoint_seconds) as session:
+            return carry_on(stack, session, settings, box)
 
 
-def _run(stack: ParticleStack, folder: RunFolder, settings: Settings, box: int, device: torch.device) -> Reconstruction:
+def carry_on(stack: ParticleStack, session: Session, settings: Settings, box: int) -> Reconstruction:
+    """Reconstruct from the beginning, or from the checkpoint that the session goes on from."""
     generator = torch.Generator().manual_seed(settings.seed)
     # All that is drawn is drawn for the images and not for the rows, so that the order of the rows changes nothing.
     order = stack.order_of_images()
     half_set = draw_halves(order, generator)
     chosen = _chosen_particles(order, settings.max_particles, generator)
-    folder.write_text(folder.settings, settings.to_toml())
-    # The run's own copy of the table is what is written again at the end, whatever becomes of the file.
-    stack = stack.keep_table(folder.input_particles)
-    with Monitor(folder) as monitor:
-        particles = prepare(
-            stack,
-            chosen,
-            folder,
-            box,
-            device,
-            monitor,
-            contrast=settings.contrast,
-            max_faulty_share=settings.max_faulty_share,
-            search=torch.Generator().manual_seed(settings.seed) if "bootstrap" in settings.stages else None,
-        )
-        kept, faults = chosen[particles.stack_rows], list(particles.faults)
-        estimate = Estimate()
-        for name in stage_names(settings):
-            stage = build_stage(name, particles, estimate, half_set[kept], settings, generator)
-            estimate = carry_out(stage, monitor)
-        assert estimate.particles is not None
-        estimate = replace(estimate, particles=estimate.particles.among(kept, stack.n_particles))
-        left = _rest(order, chosen)
-        if len(left):
-            completion = build_completion(stack, left, particles, estimate, half_set, settings, folder)
-            estimate = carry_out(completion, monitor)
-            faults += completion.faults
-            say_faults(completion.faults, folder, monitor)
-        asked, pixel_size = PointGroup.named(settings.symmetry), particles.pixel_size_in_angstroms
-        findings = examine_result(estimate, stack, faults, pixel_size, asked, monitor)
-        if estimate.noise is not None:
-            group = findings.group_of_map(asked)
-            rehearsal = build_rehearsal(particles, kept, estimate, half_set, group, settings, folder, generator)
-            estimate = carry_out(rehearsal, monitor)
-        result = conclude(
-            estimate,
-            findings,
-            faults,
-            folder,
-            pixel_size_in_angstroms=pixel_size,
-            contrast_is_clear=contrast_is_clear(particles, settings.contrast),
-            symmetry_share=None if estimate.symmetry is None else estimate.symmetry.share,
-            symmetry_asked=None if settings.symmetry == "C1" else settings.symmetry,
-        )
-        if estimate.model is not None:
-            trained = build_trained_encoder(particles, estimate, result.map, result.poses[kept], settings)
-            trained.save(folder.encoder_weights)
-            _save_weights(estimate.model.volume, folder.volume_weights)
-        finish(result, stack, particles, estimate, half_set, monitor)
+    particles = prepare(
+        stack,
+        chosen,
+        session,
+        box,
+        contrast=settings.contrast,
+        max_faulty_share=settings.max_faulty_share,
+        search=torch.Generator().manual_seed(settings.seed) if "bootstrap" in settings.stages else None,
+    )
+    kept, left = chosen[particles.stack_rows], _rest(order, chosen)
+    folder, pixel_size = session.folder, particles.pixel_size_in_angstroms
+    course = Course(session, generator, lambda: build_model(particles, settings))
+    for name in stage_names(settings):
+        build = functools.partial(build_stage, half_set=half_set[kept], settings=settings, generator=generator)
+        course.carry_out(functools.partial(build, name, particles))
+    course.change(lambda e: e.among(kept, stack.n_particles))
+    if len(left):
+        course.carry_out(lambda e: build_completion(stack, left, particles, e, half_set, settings, folder))
+        say_faults(course.estimate.faults, session)
+    asked, faults = PointGroup.named(settings.symmetry), [*particles.faults, *course.estimate.faults]
+    findings = examine_result(course.estimate, stack, faults, pixel_size, asked, session.monitor)
+    if course.estimate.noise is not None:
+        group = findings.group_of_map(asked)
+        course.carry_out(lambda e: build_rehearsal(particles, kept, e, half_set, group, settings, folder, generator))
+    estimate = course.estimate
+    result = conclude(
+        estimate,
+        findings,
+        faults,
+        folder,
+        pixel_size_in_angstroms=pixel_size,
+        contrast_is_clear=contrast_is_clear(particles, settings.contrast),
+        symmetry_share=None if estimate.symmetry is None else estimate.symmetry.share,
+        symmetry_asked=None if settings.symmetry == "C1" else settings.symmetry,
+    )
+    if estimate.model is not None:
+        trained = build_trained_encoder(particles, estimate, result.map, result.poses[kept], settings)
+        trained.save(folder.encoder_weights)
+        _save_weights(estimate.model.volume, folder.volume_weights)
+    finish(result, stack, particles, estimate, half_set, session.monitor)
     return result
 
 
-def _working_box(particles: ParticleStack, settings: Settings) -> int:
+def working_box(particles: ParticleStack, settings: Settings) -> int:
+    """The working box, in which the encoder's has room.
+
+    Raises
+    ------
+    InputError
+        If there is none.
+    """
     box = choose_box(particles, settings.box)
     if "amortized" in settings.stages and settings.amortized.box > box:
         raise InputError(

@@ -7,6 +7,8 @@ import json
 import math
 import sys
 import time
+from contextlib import suppress
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import IO
 
@@ -17,18 +19,34 @@ from torch.utils.tensorboard import SummaryWriter
 from cryoai.runs import RunFolder
 from cryoai.training.stages import Metrics
 
-__all__ = ["Monitor"]
+__all__ = ["Monitor", "MonitorState"]
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-class Monitor:
-    """Follows stage after stage. On a terminal a bar with the time left; elsewhere a line now and then."""
+@dataclass(frozen=True)
+class MonitorState:
+    """Seconds of the run so far, of the stages done, of the one that is not; what was written of its numbers."""
 
-    def __init__(self, run: RunFolder) -> None:
-        self.started_at = time.monotonic()
-        self._log: IO[str] = run.log.open("w", encoding="utf-8")
-        self._metrics: IO[str] = run.metrics.open("w", encoding="utf-8")
+    seconds: float = 0.0
+    seconds_per_stage: dict[str, float] = field(default_factory=dict)
+    seconds_of_stage: float = 0.0
+    n_steps_of_stage: int = 0
+    n_bytes_of_metrics: int = 0
+
+
+class Monitor:
+    """Follows stage after stage. On a terminal a bar with the time left; elsewhere a line now and then.
+
+    Of a run that goes on, what was measured after its last checkpoint is forgotten, because it is done again.
+    """
+
+    def __init__(self, run: RunFolder, before: MonitorState = MonitorState()) -> None:
+        self._before = before
+        self.started_at = time.monotonic() - before.seconds
+        self._log: IO[str] = run.log.open("a", encoding="utf-8")
+        self._metrics: IO[str] = run.metrics.open("a", encoding="utf-8")
+        self._metrics.truncate(before.n_bytes_of_metrics)
         self._board = SummaryWriter(str(run.tensorboard))
         self._console = Console(stderr=False)
         self._bar = Progress(
@@ -47,7 +65,7 @@ class Monitor:
         self._stage_started_at = self.started_at
         self._last_line_at = self.started_at
         self._n_steps = 0
-        self.seconds_per_stage: dict[str, float] = {}
+        self.seconds_per_stage = dict(before.seconds_per_stage)
 
     def __enter__(self) -> Monitor:
         self._bar.start()
@@ -57,22 +75,42 @@ class Monitor:
         self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+        # On a full disk the error that there is says more than another one here.
         if error is not None:
-            self._write(f"stopped: {type(error).__name__}: {error}")
-        self._log.close()
-        self._metrics.close()
-        self._board.close()
+            with suppress(OSError):
+                self._write(f"stopped: {type(error).__name__}: {error}")
+        for file in (self._log, self._metrics, self._board):
+            with suppress(OSError):
+                file.close()
 
     def say(self, text: str) -> None:
         """A line for the screen and the log."""
         self._write(text)
         self._console.print(text, highlight=False, soft_wrap=True)
 
+    def state(self) -> MonitorState:
+        """For a monitor of the same run to go on from."""
+        self._metrics.flush()
+        now = time.monotonic()
+        return MonitorState(
+            now - self.started_at,
+            dict(self.seconds_per_stage),
+            now - self._stage_started_at,
+            self._n_steps,
+            self._metrics.tell(),
+        )
+
     def begin(self, stage: str) -> None:
         self._stage, self._stage_started_at = stage, time.monotonic()
         self._last_line_at = self._stage_started_at
         self._n_steps = 0
         self._task = self._bar.add_task(stage, total=1.0, headline="")
+
+    def go_on(self, stage: str) -> None:
+        """Begin the stage that was on its way when the run was stopped."""
+        self.begin(stage)
+        self._stage_started_at -= self._before.seconds_of_stage
+        self._n_steps = self._before.n_steps_of_stage
 
     def update(self, metrics: Metrics, progress: float) -> None:
         """Record the numbers of a step."""
@@ -102,7 +140,7 @@ class Monitor:
         """The stage is done."""
         assert self._task is not None
         seconds = time.monotonic() - self._stage_started_at
-        self.seconds_per_stage[self._stage] = round(seconds, 2)
+        self.seconds_per_stage[self._stage] = round(self.seconds_per_stage.get(self._stage, 0.0) + seconds, 2)
         self._bar.remove_task(self._task)
         self.say(f"{self._stage:<10} done in {seconds:.0f} s  {headline}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,34 +15,35 @@ from cryoai.formats.mrc import read_map
 from cryoai.fourier import fourier_shell_correlation, n_shells_above, resize_map
 from cryoai.half_maps import HalfMaps
 from cryoai.hardware import choose_device
+from cryoai.model import CryoAI
 from cryoai.noise import Fit, log_likelihood
 from cryoai.particle_stack import ParticleStack
 from cryoai.particles import PreparedParticles
 from cryoai.poses import Poses, selected_poses
 from cryoai.reconstruction import HalfSets, particle_mask
-from cryoai.runs import RunFolder
 from cryoai.symmetry.averaging import symmetrized_half_sets
 from cryoai.symmetry.groups import PointGroup
 from cryoai.symmetry.self_correlation import SelfCorrelation
 from cryoai.training.building import build_refinement, build_rehearsal_of_refinement
+from cryoai.training.course import Course
 from cryoai.training.monitor import Monitor
+from cryoai.training.origin import Origin
 from cryoai.training.results import GivenPoses, Reconstruction, conclude
+from cryoai.training.session import Session, new_run, work_on
 from cryoai.training.settings import RefineSettings
 from cryoai.training.stages import Estimate, ParticlePoses
 from cryoai.training.stages.base import half_sets_at
 from cryoai.training.steps import (
-    carry_out,
     choose_box,
     contrast_is_clear,
     draw_halves,
     examine_result,
     finish,
-    new_run,
     prepare,
 )
 from cryoai.volumes import SampledVolume
 
-__all__ = ["refine"]
+__all__ = ["GivenInput", "carry_on_refining", "refine"]
 
 # Of a pixel: a header rounds its size.
 _SAME_PIXEL = 0.005
@@ -85,70 +86,90 @@ def refine(particles: ParticleStack, run: str | Path, settings: RefineSettings |
             f"{particles.table.path}: no poses to refine ({needed}); give a file with poses, or find them with "
             "cryoai reconstruct"
         )
-    box = choose_box(particles, settings.box)
-    mask = None if settings.mask is None else _read_mask(settings.mask, particles, box)
-    half_set, why_none = _half_set_of_file(particles, settings)
+    if settings.mask is not None:
+        settings = settings.model_copy(update={"mask": settings.mask.absolute()})
+    given = GivenInput.of(particles, settings)
     device = choose_device(settings.device)
     with new_run(Path(run)) as folder:
-        return _run(particles, folder, settings, box, mask, half_set, why_none, device)
+        Origin.of("refine", particles, settings.to_toml()).write(folder)
+        stack = particles.keep_table(folder.input_particles)
+        with work_on(folder, device, settings.checkpoint_seconds) as session:
+            return carry_on_refining(stack, session, settings, given)
 
 
-def _run(
-    stack: ParticleStack,
-    folder: RunFolder,
-    settings: RefineSettings,
-    box: int,
-    mask: Tensor | None,
-    half_set: Tensor | None,
-    why_none: str,
-    device: torch.device,
+def carry_on_refining(
+    stack: ParticleStack, session: Session, settings: RefineSettings, given: GivenInput
 ) -> Reconstruction:
+    """Refine from the beginning, or from the checkpoint that the session goes on from."""
     generator = torch.Generator().manual_seed(settings.seed)
     # All that is drawn is drawn for the images and not for the rows, so that the order of the rows changes nothing.
     order = stack.order_of_images()
     drawn = draw_halves(order, generator)
-    given = GivenPoses(stack.table.path, "new" if half_set is None else "file")
-    folder.write_text(folder.settings, settings.to_toml())
-    stack = stack.keep_table(folder.input_particles)
-    group = PointGroup.named(settings.symmetry)
-    with Monitor(folder) as monitor:
-        particles = prepare(
-            stack,
-            order,
-            folder,
-            box,
-            device,
-            monitor,
-            contrast=settings.contrast,
-            max_faulty_share=settings.max_faulty_share,
-            search=torch.Generator().manual_seed(settings.seed),
-        )
-        monitor.say(f"half sets  {why_none or 'those of the file'}")
-        half_set = drawn if half_set is None else half_set
-        kept, pixel_size = order[particles.stack_rows], particles.pixel_size_in_angstroms
-        mask = None if mask is None else mask.to(device)
-        estimate, share = _begin(stack, kept, particles, half_set[kept], group, mask, generator, monitor)
-        estimate = carry_out(build_refinement(particles, estimate, half_set[kept], mask, settings), monitor)
-        assert estimate.particles is not None
-        estimate = replace(estimate, particles=estimate.particles.among(kept, stack.n_particles))
-        findings = examine_result(estimate, stack, particles.faults, pixel_size, group, monitor)
-        rehearsal = build_rehearsal_of_refinement(
-            particles, kept, estimate, half_set, findings.group_of_map(group), settings, folder, generator
-        )
-        estimate = carry_out(rehearsal, monitor)
-        result = conclude(
-            estimate,
-            findings,
-            list(particles.faults),
-            folder,
-            pixel_size_in_angstroms=pixel_size,
-            contrast_is_clear=contrast_is_clear(particles, settings.contrast),
-            symmetry_share=share,
-            symmetry_asked=None if len(group) == 1 else group.name,
-            given_poses=given,
-        )
-        finish(result, stack, particles, estimate, half_set, monitor)
+    group, folder = PointGroup.named(settings.symmetry), session.folder
+    particles = prepare(
+        stack,
+        order,
+        session,
+        given.box,
+        contrast=settings.contrast,
+        max_faulty_share=settings.max_faulty_share,
+        search=torch.Generator().manual_seed(settings.seed),
+    )
+    session.monitor.say(f"half sets  {given.why_no_half_set or 'those of the file'}")
+    half_set = drawn if given.half_set is None else given.half_set
+    kept, pixel_size = order[particles.stack_rows], particles.pixel_size_in_angstroms
+    mask = None if given.mask is None else given.mask.to(session.device)
+    begin, share = _begin(stack, kept, particles, half_set[kept], group, mask, generator, session.monitor)
+    course = Course(session, generator, _no_model)
+    course.change(lambda _: begin)
+    course.carry_out(lambda e: build_refinement(particles, e, half_set[kept], mask, settings))
+    course.change(lambda e: e.among(kept, stack.n_particles))
+    findings = examine_result(course.estimate, stack, particles.faults, pixel_size, group, session.monitor)
+    of_map = findings.group_of_map(group)
+    course.carry_out(
+        lambda e: build_rehearsal_of_refinement(particles, kept, e, half_set, of_map, settings, folder, generator)
+    )
+    estimate = course.estimate
+    result = conclude(
+        estimate,
+        findings,
+        list(particles.faults),
+        folder,
+        pixel_size_in_angstroms=pixel_size,
+        contrast_is_clear=contrast_is_clear(particles, settings.contrast),
+        symmetry_share=share,
+        symmetry_asked=None if len(group) == 1 else group.name,
+        given_poses=GivenPoses(stack.table.path, "new" if given.half_set is None else "file"),
+    )
+    finish(result, stack, particles, estimate, half_set, session.monitor)
     return result
+
+
+def _no_model() -> CryoAI:
+    raise ValueError("a refinement has no model")
+
+
+@dataclass(frozen=True, eq=False)
+class GivenInput:
+    """What comes with the poses: half sets (N,), or why there are none, a mask (box, box, box), and the working box."""
+
+    half_set: Tensor | None
+    why_no_half_set: str
+    mask: Tensor | None
+    box: int
+
+    @classmethod
+    def of(cls, stack: ParticleStack, settings: RefineSettings) -> GivenInput:
+        """As far as it can be used.
+
+        Raises
+        ------
+        InputError
+            If a part of it cannot be.
+        """
+        box = choose_box(stack, settings.box)
+        mask = None if settings.mask is None else _read_mask(settings.mask, stack, box)
+        return cls(*_half_set_of_file(stack, settings), mask, box)
 
 
 def _begin(

@@ -141,6 +141,9 @@ class _OfEveryRun(_Frozen):
     contrast: Literal["auto", "bright", "dark"] = "auto"
     """Whether protein is bright or dark in the images; auto decides it from them."""
 
+    checkpoint_seconds: Annotated[float, Field(ge=0, le=86400)] = 60.0
+    """Work between two checkpoints, at least: with cryoai resume a stopped run loses no more than that."""
+
     def to_toml(self) -> str:
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 

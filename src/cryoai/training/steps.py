@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -16,6 +14,7 @@ from cryoai.bootstrap import contrast_by_search
 from cryoai.contrast import ContrastSign
 from cryoai.errors import InputError
 from cryoai.findings import MapFindings, examine
+from cryoai.formats.snapshots import DamagedSnapshotError, read_snapshot, write_snapshot
 from cryoai.limits import FEWEST_PARTICLES
 from cryoai.particle_stack import Fault, ParticleStack
 from cryoai.particles import PreparedParticles, prepare_particles
@@ -23,19 +22,18 @@ from cryoai.runs import RunFolder
 from cryoai.symmetry.groups import PointGroup
 from cryoai.training.monitor import Monitor
 from cryoai.training.results import Reconstruction
-from cryoai.training.stages import Estimate, Stage
+from cryoai.training.session import Session
+from cryoai.training.stages import Estimate
 from cryoai.training.writing import write_results
 from cryoai.working_box import default_working_box
 
 __all__ = [
     "Contrast",
-    "carry_out",
     "choose_box",
     "contrast_is_clear",
     "draw_halves",
     "examine_result",
     "finish",
-    "new_run",
     "prepare",
     "say_faults",
 ]
@@ -45,20 +43,6 @@ Contrast = Literal["auto", "bright", "dark"]
 _SIGNS: dict[Contrast, int | None] = {"auto": None, "bright": 1, "dark": -1}
 # Of images that are set aside, so many are named on the screen.
 _NAMED = 5
-
-
-@contextmanager
-def new_run(path: Path) -> Iterator[RunFolder]:
-    """A new folder for a run: gone again if the input turns out to be bad, and in any case without scratch files."""
-    folder = RunFolder.create(path)
-    try:
-        yield folder
-    except InputError:
-        folder.discard()
-        raise
-    finally:
-        for scratch in (folder.prepared_images, folder.prepared_block):
-            scratch.unlink(missing_ok=True)
 
 
 def choose_box(particles: ParticleStack, asked: int | None) -> int:
@@ -89,10 +73,8 @@ def draw_halves(order: Tensor, generator: torch.Generator) -> Tensor:
 def prepare(
     stack: ParticleStack,
     chosen: Tensor,
-    folder: RunFolder,
+    session: Session,
     box: int,
-    device: torch.device,
-    monitor: Monitor,
     *,
     contrast: Contrast,
     max_faulty_share: float,
@@ -108,26 +90,48 @@ def prepare(
     InputError
         If too many images cannot be used.
     """
+    folder, monitor = session.folder, session.monitor
     monitor.begin("prepare")
-    particles = prepare_particles(
-        stack.take(chosen),
-        box,
-        folder.prepared_images,
-        sign=_SIGNS[contrast],
-        device=device,
-        max_faulty_share=max_faulty_share,
-        progress=lambda n_done: monitor.advance(n_done / len(chosen)),
-    )
+
+    def advance(n_done: int) -> None:
+        monitor.advance(n_done / len(chosen))
+        if session.is_to_stop:
+            raise session.stopped()
+
+    particles = _prepared_before(folder, session.device)
+    if particles is None:
+        particles = prepare_particles(
+            stack.take(chosen),
+            box,
+            folder.prepared_images,
+            sign=_SIGNS[contrast],
+            device=session.device,
+            max_faulty_share=max_faulty_share,
+            progress=advance,
+        )
+        if search is not None and not contrast_is_clear(particles, contrast):
+            particles = replace(particles, contrast=contrast_by_search(particles, search))
+        folder.prepared.parent.mkdir(exist_ok=True)
+        write_snapshot(folder.prepared, particles)
     n = particles.n_particles
     some = "" if n == stack.n_particles else f" of {stack.n_particles:,}"
-    if search is not None and not contrast_is_clear(particles, contrast):
-        particles = replace(particles, contrast=contrast_by_search(particles, search))
     monitor.end(
         f"{n:,}{some} particles of {stack.n_pixels} px, working box {box} px of "
         f"{particles.pixel_size_in_angstroms:.2f} Å; {_about_contrast(particles.contrast, contrast)}"
     )
-    say_faults(particles.faults, folder, monitor)
+    say_faults(particles.faults, session)
     return particles
+
+
+def _prepared_before(folder: RunFolder, device: torch.device) -> PreparedParticles | None:
+    """The particles as they were prepared when the run began, if that is still all there."""
+    try:
+        particles: PreparedParticles = read_snapshot(folder.prepared, device)
+        size = folder.prepared_images.stat().st_size
+    except (DamagedSnapshotError, OSError):
+        return None
+    # The folder may have been moved.
+    return replace(particles, path=folder.prepared_images) if size == particles.n_bytes else None
 
 
 def contrast_is_clear(particles: PreparedParticles, contrast: Contrast) -> bool:
@@ -141,22 +145,13 @@ def _about_contrast(found: ContrastSign, asked: Contrast) -> str:
     return f"protein is {'bright' if found.sign > 0 else 'dark'} ({how}; z = {found.z_score:.1f}{search})"
 
 
-def say_faults(faults: Sequence[Fault], folder: RunFolder, monitor: Monitor) -> None:
+def say_faults(faults: Sequence[Fault], session: Session) -> None:
     """Name the first of the images that were set aside."""
     for fault in faults[:_NAMED]:
-        monitor.say(f"{'':<10} set aside: {fault}")
+        session.monitor.say(f"{'':<10} set aside: {fault}")
     if len(faults) > _NAMED:
-        monitor.say(f"{'':<10} set aside: {len(faults) - _NAMED:,} more; see {folder.quarantine}")
-
-
-def carry_out(stage: Stage, monitor: Monitor) -> Estimate:
-    """Step a stage until it is finished."""
-    monitor.begin(stage.name)
-    while not stage.finished:
-        metrics = stage.step()
-        monitor.update(metrics, stage.progress)
-    monitor.end(metrics.headline)
-    return stage.result()
+        more = f"{len(faults) - _NAMED:,} more; see {session.folder.quarantine}"
+        session.monitor.say(f"{'':<10} set aside: {more}")
 
 
 def examine_result(

@@ -43,7 +43,7 @@ def write_results(
         "n_particles": stack.n_particles,
         "box_in_pixels": particles.n_pixels,
         "contrast": asdict(particles.contrast),
-        "start_losses": [round(loss, 4) for loss in estimate.start_losses],
+        "start_losses": [finite_or_none(loss) for loss in estimate.start_losses],
     }
     run.write_json(run.summary, _judgement(result) | about | _circumstances(particles, monitor))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import roma
 import torch
@@ -28,7 +29,7 @@ from cryoai.poses import Poses
 from cryoai.training.stages.base import Estimate
 from cryoai.volumes import AbstractVolume, SampledVolume
 
-__all__ = ["Amortized", "AmortizedMetrics", "parameter_groups"]
+__all__ = ["Amortized", "AmortizedMetrics", "AmortizedState", "parameter_groups"]
 
 _WARM_UP = 0.05
 _GRADIENT_NORM = 1.0
@@ -58,6 +59,19 @@ class AmortizedMetrics:
             return f"fitting the volume, relative error {self.volume_fit_loss:.2f}"
         losses = {"wake loss": f"{self.wake_loss:.4f}", "sleep loss": f"{self.sleep_loss:.2f}"}
         return ", ".join(f"{name} {value}" for name, value in losses.items() if value != "nan")
+
+
+@dataclass(frozen=True, eq=False)
+class AmortizedState:
+    """Weights, optimizers and schedule as they stand, and the volume that synthetic images are made from."""
+
+    steps_done: int
+    fit_steps_left: int
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    fit_optimizer: dict[str, Any]
+    schedule: dict[str, Any]
+    asleep_with: SampledVolume | None
 
 
 class Amortized:
@@ -180,6 +194,25 @@ class Amortized:
             radius = self.last_radius
             reference = Reference(self.model.volume.to_map(radius), radius, self.noise)
         return replace(self.estimate, model=self.model, reference=reference)
+
+    def state(self) -> AmortizedState:
+        return AmortizedState(
+            self.steps_done,
+            self.fit_steps_left,
+            self.model.state_dict(),
+            self.optimizer.state_dict(),
+            self.fit_optimizer.state_dict(),
+            self.schedule.state_dict(),
+            self.asleep_with,
+        )
+
+    def restore(self, state: AmortizedState) -> None:
+        self.steps_done, self.fit_steps_left = state.steps_done, state.fit_steps_left
+        self.model.load_state_dict(state.weights)
+        self.optimizer.load_state_dict(state.optimizer)
+        self.fit_optimizer.load_state_dict(state.fit_optimizer)
+        self.schedule.load_state_dict(state.schedule)
+        self.asleep_with = state.asleep_with
 
     def _descend(self, loss: Tensor, score: Tensor) -> float:
         """Add the gradient of a loss and of its score; returns the loss."""

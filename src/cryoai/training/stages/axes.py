@@ -66,6 +66,12 @@ class Axes:
     def result(self) -> Estimate:
         return self.estimate
 
+    def state(self) -> None:
+        """None: there is one step."""
+
+    def restore(self, state: None) -> None:
+        """There is nothing to go on from."""
+
     def _halves(self) -> tuple[Tensor, Tensor]:
         """What is known of both halves: their maps, or else their references."""
         estimate = self.estimate

@@ -6,8 +6,8 @@ the next stage starts from. The loop does not know which stage it runs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from cryoai.confidence import Confidence
 from cryoai.half_maps import HalfMaps
 from cryoai.model import CryoAI
 from cryoai.noise import Fit, NoiseSpectrum
+from cryoai.particle_stack import Fault
 from cryoai.particles import PreparedParticles
 from cryoai.poses import Poses, assign_poses, blank_poses
 from cryoai.reconstruction import HalfSets
@@ -166,6 +167,8 @@ class Estimate:
         How well the group that was asked for suited the map before it was imposed.
     noise
         What Refinement left unexplained of the images, at the working box.
+    faults
+        Images without use among those that Completion was to pose.
     """
 
     reference: Reference | None = None
@@ -179,6 +182,12 @@ class Estimate:
     noise: NoiseSpectrum | None = None
     controls: Controls | None = None
     symmetry: SymmetryCandidate | None = None
+    faults: tuple[Fault, ...] = ()
+
+    def among(self, rows: Tensor, n_particles: int) -> Estimate:
+        """The same, its particles in the ``rows`` of a table of ``n_particles``, in which the others have no answer."""
+        assert self.particles is not None
+        return replace(self, particles=self.particles.among(rows, n_particles))
 
 
 class Stage(Protocol):
@@ -198,6 +207,16 @@ class Stage(Protocol):
 
     def result(self) -> Estimate:
         """The estimate that the stage started from, with its own findings."""
+
+    def state(self) -> Any:
+        """All that has changed since the stage was made, as dataclasses of tensors and numbers; None to begin again.
+
+        Together with the state of the generator it lets a stage that is made anew, of the same estimate, go on
+        as if nothing had happened.
+        """
+
+    def restore(self, state: Any) -> None:
+        """Go on from the state of a stage that was made in the same way."""
 
 
 def chunks_of_halves(half_set: Tensor) -> list[Tensor]:

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from cryoai.alignment import FrameChange, align_maps, change_frame
-from cryoai.bootstrap import BootstrapSchedule, Reference, StochasticSearch, held_out_poses, search_box
+from cryoai.bootstrap import (
+    BootstrapSchedule,
+    Reference,
+    SearchState,
+    StochasticSearch,
+    held_out_poses,
+    search_box,
+)
 from cryoai.fourier import fourier_shell_correlation, soft_sphere
 from cryoai.particles import PreparedParticles
 from cryoai.search import Candidates
@@ -17,7 +24,7 @@ from cryoai.symmetry.detection import find_symmetry
 from cryoai.symmetry.groups import PointGroup, symmetric_distance_in_degrees
 from cryoai.training.stages.base import Estimate, StartAgreement
 
-__all__ = ["Bootstrap", "BootstrapMetrics"]
+__all__ = ["Bootstrap", "BootstrapMetrics", "BootstrapState"]
 
 # With fewer particles in a half, a start needs all of them, and the halves then have it in common.
 _FEWEST_IN_A_HALF = 500
@@ -94,6 +101,15 @@ class _Pair:
         maps = {self.first.half: self.first.reference}
         maps[self.second.half] = replace(self.second.reference, density=self.moved)
         return maps[0], maps[1]
+
+
+@dataclass(frozen=True, eq=False)
+class BootstrapState:
+    """The starts that have ended, how many there shall be, and the one that is on its way."""
+
+    ended: list[_Start]
+    n_planned: int
+    search: SearchState
 
 
 class Bootstrap:
@@ -175,6 +191,16 @@ class Bootstrap:
             start_agreement=best.agreement,
         )
 
+    def state(self) -> BootstrapState:
+        return BootstrapState(self.ended, self.n_planned, self.search.state())
+
+    def restore(self, state: BootstrapState) -> None:
+        for start in state.ended:
+            self._enter(start)
+        self.n_planned = state.n_planned
+        self.search = self._new_search()
+        self.search.restore(state.search)
+
     def _new_search(self) -> StochasticSearch:
         subset = self.subsets[len(self.ended) % len(self.subsets)]
         longer = _PATIENCE if len(self.ended) >= self.n_starts else 1
@@ -186,15 +212,20 @@ class Bootstrap:
         reference = self.search.reference()
         found = held_out_poses(self.particles, self.held_out, reference, self.search.trials)
         start = _Start(reference, found, half=len(self.ended) % len(self.subsets))
-        partners = [other for other in self.ended if len(self.subsets) == 1 or other.half != start.half]
-        pixel_size = self.particles.pixel_size_in_angstroms
-        self.pairs += [_Pair.of(other, start, pixel_size) for other in partners]
-        self.ended.append(start)
+        self._enter(start)
         best = self._best_pair()
         if self.finished and self.n_planned < self.max_starts and not (best and best.agreement.is_one_structure):
             self.n_planned += 1
         if not self.finished:
             self.search = self._new_search()
+
+    @torch.no_grad()
+    def _enter(self, start: _Start) -> None:
+        """Compare a start with those before it that know nothing of it, and join it to them."""
+        partners = [other for other in self.ended if len(self.subsets) == 1 or other.half != start.half]
+        pixel_size = self.particles.pixel_size_in_angstroms
+        self.pairs += [_Pair.of(other, start, pixel_size) for other in partners]
+        self.ended.append(start)
 
     def _best_pair(self) -> _Pair | None:
         return max(self.pairs, key=lambda pair: pair.agreement.poses + pair.agreement.maps, default=None)

@@ -11,10 +11,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from cryoai.training.stages.amortized import Amortized, AmortizedMetrics
+from cryoai.training.stages.amortized import Amortized, AmortizedMetrics, AmortizedState
 from cryoai.training.stages.base import Estimate
 
-__all__ = ["Contest", "ContestMetrics"]
+__all__ = ["Contest", "ContestMetrics", "ContestState"]
 
 # Share of a start's steps after which it is judged, by the mean over the last quarter of these.
 _TRIAL = 0.2
@@ -32,6 +32,16 @@ class ContestMetrics(AmortizedMetrics):
         return f"start {self.start}, {super().headline}"
 
 
+@dataclass(frozen=True, eq=False)
+class ContestState:
+    """The losses of all starts on trial so far, those of the one on its way, and the states of it and of the best."""
+
+    losses: tuple[float, ...]
+    wake_losses: tuple[float, ...]
+    best: AmortizedState | None
+    current: AmortizedState
+
+
 class Contest:
     """Gives each of several starts a trial, one after the other, and the best of them the rest of its steps.
 
@@ -44,8 +54,7 @@ class Contest:
     name = "amortized"
 
     def __init__(self, starts: Sequence[Callable[[], Amortized]]) -> None:
-        self._untried = list(starts[1:])
-        self._n_starts = len(starts)
+        self._starts = starts
         self._current = starts[0]()
         self._wake_losses: list[float] = []
         self._best = self._current
@@ -59,14 +68,14 @@ class Contest:
     @property
     def progress(self) -> float:
         n_steps = self._current.n_steps
-        total = n_steps + (self._n_starts - 1) * self._n_trial_steps
+        total = n_steps + (len(self._starts) - 1) * self._n_trial_steps
         # Once one goes on, it is the others that were tried beside it.
-        others = self._n_starts - 1 if self._decided else len(self.losses)
+        others = len(self._starts) - 1 if self._decided else len(self.losses)
         return (others * self._n_trial_steps + self._current.steps_done) / total
 
     @property
     def _decided(self) -> bool:
-        return len(self.losses) == self._n_starts
+        return len(self.losses) == len(self._starts)
 
     def step(self) -> ContestMetrics:
         metrics = self._current.step()
@@ -80,6 +89,18 @@ class Contest:
     def result(self) -> Estimate:
         return replace(self._current.result(), start_losses=tuple(self.losses))
 
+    def state(self) -> ContestState:
+        best = None if self._best is self._current else self._best.state()
+        return ContestState(tuple(self.losses), tuple(self._wake_losses), best, self._current.state())
+
+    def restore(self, state: ContestState) -> None:
+        self.losses, self._wake_losses = list(state.losses), list(state.wake_losses)
+        # A start is what its weights are, whichever maker they were first drawn by.
+        if state.best is not None:
+            self._best.restore(state.best)
+            self._current = self._starts[len(self.losses)]()
+        self._current.restore(state.current)
+
     def _judge(self) -> None:
         """End the trial of the current start; begin that of the next, or go on with the best."""
         last = self._wake_losses[-max(1, round(_JUDGED * len(self._wake_losses))) :]
@@ -89,4 +110,4 @@ class Contest:
             self._best = self._current
         self.losses.append(loss)
         self._wake_losses = []
-        self._current = self._untried.pop(0)() if self._untried else self._best
+        self._current = self._best if self._decided else self._starts[len(self.losses)]()

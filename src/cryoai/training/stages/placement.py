@@ -20,7 +20,7 @@ from cryoai.search import Templates, TrialPoses, search_poses
 from cryoai.training.stages.base import Estimate, ParticlePoses, chunks_of_halves, reliable_from
 from cryoai.volumes import SampledVolume
 
-__all__ = ["Placement", "PlacementMetrics", "trial_poses"]
+__all__ = ["Placement", "PlacementMetrics", "PlacementState", "trial_poses"]
 
 # Two poses of one particle nearer than this are one answer.
 _SAME_ANSWER_IN_DEGREES = 10.0
@@ -28,6 +28,23 @@ _SAME_ANSWER_IN_DEGREES = 10.0
 # relied upon: that above which the search finds something better for at most this share.
 _PILOT = 2000
 _MISSED = 0.001
+
+
+@dataclass(frozen=True, eq=False)
+class PlacementState:
+    """How far the pass over the particles has come; tables are (N,)."""
+
+    n_chunks_done: int
+    n_placed: int
+    good_fit: float | None
+    poses: Poses
+    encoder_poses: Poses | None
+    from_encoder: Tensor
+    sources_agree: Tensor
+    searched: Tensor
+    fit: Tensor
+    missed: Tensor
+    half_sets: HalfSets
 
 
 @dataclass(frozen=True)
@@ -131,6 +148,30 @@ class Placement:
         )
         half_maps = HalfMaps.of(self.half_sets, self.particles.pixel_size_in_angstroms)
         return replace(self.estimate, particles=placed, half_sets=self.half_sets, half_maps=half_maps)
+
+    def state(self) -> PlacementState:
+        return PlacementState(
+            self.n_chunks_done,
+            self.n_placed,
+            self.good_fit,
+            self.poses,
+            None if self.encoder is None else self.encoder.poses,
+            self.from_encoder,
+            self.sources_agree,
+            self.searched,
+            self.fit,
+            self.missed,
+            self.half_sets,
+        )
+
+    def restore(self, state: PlacementState) -> None:
+        self.n_chunks_done, self.n_placed, self.good_fit = state.n_chunks_done, state.n_placed, state.good_fit
+        self.poses, self.half_sets = state.poses, state.half_sets
+        self.from_encoder, self.sources_agree = state.from_encoder, state.sources_agree
+        self.searched, self.fit, self.missed = state.searched, state.fit, state.missed
+        if self.encoder is not None:
+            assert state.encoder_poses is not None
+            self.encoder = replace(self.encoder, poses=state.encoder_poses)
 
     def _place(self, rows: Tensor) -> RefinedPoses:
         half = int(self.half_set[rows[0]])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,13 +12,14 @@ import torch
 from torch import Tensor
 
 from cryoai.confidence import RIGHT_IN_DEGREES, Confidence, features_of_fit
+from cryoai.formats.files import reserve
 from cryoai.fourier import fourier_shell_correlation
 from cryoai.particles import PreparedParticles
 from cryoai.poses import Poses
 from cryoai.reconstruction import HalfSets
 from cryoai.symmetry.groups import PointGroup, symmetric_distance_in_degrees
 from cryoai.training.stages.base import Controls, Estimate, chunks_of_halves
-from cryoai.training.stages.blocks import BlockPosing
+from cryoai.training.stages.blocks import BlockPosing, PosedBlock
 from cryoai.volumes import SampledVolume
 
 __all__ = ["Rehearsal", "RehearsalMetrics"]
@@ -113,13 +115,19 @@ class Rehearsal:
     def result(self) -> Estimate:
         return replace(self.estimate, controls=self.controls)
 
+    def state(self) -> None:
+        """It takes seconds, and begins again."""
+
+    def restore(self, state: None) -> None:
+        """There is nothing to go on from."""
+
     def _work(self) -> Iterator[None]:
         n = min(_N_IMAGES, self.particles.n_particles)
         rows = torch.randperm(self.particles.n_particles, generator=self.generator)[:n].sort().values
         halves = torch.arange(n) % 2
         truth = self.poses[rows.to(self.poses.rotations.device)]
-        synthetic = yield from self.posing.pose(self._made(rows, truth), halves)
-        noise = yield from self.posing.pose(self._made(rows, None), halves)
+        synthetic = yield from self._posed(self._made(rows, truth), halves)
+        noise = yield from self._posed(self._made(rows, None), halves)
         distance = symmetric_distance_in_degrees(
             synthetic.particles.poses.rotations, truth.rotations, self.group.to(truth.rotations.device)
         )
@@ -135,6 +143,14 @@ class Rehearsal:
             better_than_noise=self._share_better_than(fit_of_noise),
         )
 
+    def _posed(self, block: PreparedParticles, half_set: Tensor) -> Generator[None, None, PosedBlock]:
+        """What comes of a block of particles (B,), with a pause after each chunk."""
+        work = self.posing.begin(block, half_set)
+        while not work.finished:
+            work.step()
+            yield
+        return work.result()
+
     def _share_better_than(self, fit_of_noise: Tensor) -> float:
         limit = torch.quantile(fit_of_noise, _QUANTILE_OF_NOISE)
         return float((self.fit_of_all[~self.fit_of_all.isnan()] > limit).float().mean())
@@ -147,7 +163,8 @@ class Rehearsal:
         # Of one kind of coefficient a complex normal of variance one has half in each part.
         deviation = (self.noise.variance[imaging.shells] / 2).sqrt()
         shape = (len(rows), imaging.n_coefficients, 2)
-        stored = np.memmap(self.scratch, dtype=np.float16, mode="w+", shape=shape)
+        reserve(self.scratch, 2 * math.prod(shape))
+        stored = np.memmap(self.scratch, dtype=np.float16, mode="r+", shape=shape)
         optics = self.particles.optics[rows]
         for index in torch.arange(len(rows)).split(_CHUNK):
             noise = torch.randn(len(index), *shape[1:], generator=self.generator)
