@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from cryoai.training.stages import Contest, Estimate
-from cryoai.training.stages.amortized import AmortizedMetrics
+from cryoai.training.stages.amortized_state import AmortizedMetrics
 
 
 @dataclass

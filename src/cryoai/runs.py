@@ -206,6 +206,11 @@ class RunFolder:
         """The images that could not be used, if there were any."""
         return self.path / "quarantine.csv"
 
+    @property
+    def non_finite_batch(self) -> Path:
+        """The last batch of training whose loss was not finite, if there was one."""
+        return self.path / "non_finite_batch.safetensors"
+
     def write_text(self, path: Path, text: str) -> None:
         with atomic_path(path) as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import torch
 
+from cryoai.formats.snapshots import write_snapshot
 from cryoai.model import CryoAI
 from cryoai.training.checkpoints import Checkpoint
 from cryoai.training.session import Session
-from cryoai.training.stages import Estimate, Stage
+from cryoai.training.stages import Estimate, Metrics, NotedMetrics, Stage
 
 __all__ = ["Course"]
 
@@ -69,11 +70,22 @@ class Course:
             if self._session.is_to_stop:
                 raise self._session.stopped()
             metrics = stage.step()
+            self._tell(metrics)
             headline = metrics.headline
             self._monitor.update(metrics, stage.progress)
         self._monitor.end(headline)
         self.estimate = stage.result()
         self._n_done += 1
+
+    def _tell(self, metrics: Metrics) -> None:
+        """Say what a stage has to say beside its numbers, and keep the batch that it speaks of."""
+        for note in metrics.notes if isinstance(metrics, NotedMetrics) else ():
+            where = ""
+            if note.batch is not None:
+                path = self._session.folder.non_finite_batch
+                write_snapshot(path, note.batch)
+                where = f" (the batch: {path})"
+            self._monitor.say(f"{note.text}{where}")
 
     def _save(self, stage: Stage, generator_at_start: torch.Tensor) -> None:
         model = self.estimate.model

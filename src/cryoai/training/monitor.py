@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import sys
@@ -47,6 +46,7 @@ class Monitor:
         self._log: IO[str] = run.log.open("a", encoding="utf-8")
         self._metrics: IO[str] = run.metrics.open("a", encoding="utf-8")
         self._metrics.truncate(before.n_bytes_of_metrics)
+        self._metrics.seek(before.n_bytes_of_metrics)  # truncation leaves the position, beyond the end
         self._board = SummaryWriter(str(run.tensorboard))
         self._console = Console(stderr=False)
         self._bar = Progress(
@@ -114,7 +114,7 @@ class Monitor:
 
     def update(self, metrics: Metrics, progress: float) -> None:
         """Record the numbers of a step."""
-        values = {k: v for k, v in dataclasses.asdict(metrics).items() if math.isfinite(v)}  # type: ignore[call-overload]
+        values = {k: v for k, v in vars(metrics).items() if isinstance(v, int | float) and math.isfinite(v)}
         self._n_steps += 1
         seconds = round(time.monotonic() - self.started_at, 3)
         self._metrics.write(json.dumps({"stage": self._stage, "seconds": seconds, **values}) + "\n")

@@ -10,6 +10,7 @@ from cryoai.training.stages.contest import Contest
 from cryoai.training.stages.placement import Placement, trial_poses
 from cryoai.training.stages.refinement import Refinement
 from cryoai.training.stages.rehearsal import Rehearsal
+from cryoai.training.stages.trouble import NotedMetrics
 
 __all__ = [
     "Amortized",
@@ -21,6 +22,7 @@ __all__ = [
     "Controls",
     "Estimate",
     "Metrics",
+    "NotedMetrics",
     "ParticlePoses",
     "Placement",
     "Refinement",

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
-from cryoai.training.stages.amortized import Amortized, AmortizedMetrics, AmortizedState
+from cryoai.training.stages.amortized import Amortized
+from cryoai.training.stages.amortized_state import AmortizedMetrics, AmortizedState
 from cryoai.training.stages.base import Estimate
 
 __all__ = ["Contest", "ContestMetrics", "ContestState"]
@@ -78,13 +79,16 @@ class Contest:
         return len(self.losses) == len(self._starts)
 
     def step(self) -> ContestMetrics:
+        n_before = self._current.steps_done
         metrics = self._current.step()
         number = self.losses.index(min(self.losses)) + 1 if self._decided else len(self.losses) + 1
         if not self._decided:
-            self._wake_losses.append(metrics.wake_loss)
+            # A start that went back makes these steps again.
+            n_undone = max(0, n_before - self._current.steps_done)
+            self._wake_losses = [*self._wake_losses[: len(self._wake_losses) - n_undone], metrics.wake_loss]
             if self._current.steps_done == self._n_trial_steps:
                 self._judge()
-        return ContestMetrics(**asdict(metrics), start=number)
+        return ContestMetrics(**vars(metrics), start=number)
 
     def result(self) -> Estimate:
         return replace(self._current.result(), start_losses=tuple(self.losses))
