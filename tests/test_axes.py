@@ -6,17 +6,20 @@ import pytest
 import torch
 
 from cryoai.alignment import FrameChange, change_frame
+from cryoai.encoder import PoseEncoder
 from cryoai.fourier import fourier_shell_correlation
-from cryoai.poses import angular_distance_in_degrees
+from cryoai.model import CryoAI
+from cryoai.poses import Hypotheses, angular_distance_in_degrees
 from cryoai.reconstruction import particle_mask
 from cryoai.symmetry.averaging import symmetrized_map
 from cryoai.symmetry.groups import PointGroup
 from cryoai.training.stages import Axes, Estimate
-from cryoai.volumes import SampledVolume
+from cryoai.volumes import SampledVolume, VoxelVolume
 from oracles import random_rotations
 from posed_particles import (
     BOX,
     PIXEL,
+    RADIUS,
     clean_images,
     finish,
     noisy,
@@ -34,6 +37,20 @@ HALF_SET = torch.arange(N) % 2
 TURN = random_rotations(1, seed=4)[0].float()
 SHIFT = torch.tensor([1.3, -0.8, 0.9])
 GROUPS = ["C3", "D2"]
+
+
+class Remembering(PoseEncoder):
+    """Says the poses (N,) that it was given, one for each particle, whatever it is shown."""
+
+    n_hypotheses = 1
+
+    def __init__(self, poses):
+        super().__init__()
+        self.poses = poses[:, None]
+
+    def forward(self, coefficients):
+        assert len(coefficients) == len(self.poses)
+        return Hypotheses(self.poses, torch.zeros(len(coefficients), 1))
 
 
 def in_angstroms(frame):
@@ -68,7 +85,9 @@ def askew(request, tmp_path_factory):
         start=off_by(estimate.particles.poses, 5.0),
         encoder=off_by(estimate.particles.poses, 20.0),
     )
-    return group, particles, replace(estimate, particles=table)
+    volume = VoxelVolume(estimate.reference.density)
+    model = CryoAI(Remembering(estimate.particles.poses), volume, particles.imaging(RADIUS)).eval()
+    return group, particles, replace(estimate, particles=table, model=model)
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +146,22 @@ def test_all_poses_are_turned_alike(askew, moved):
         relative = vars(result.particles)[name].rotations @ vars(estimate.particles)[name].rotations.mT
         assert angular_distance_in_degrees(relative, relative[:1].expand_as(relative)).max() < 0.1
     assert torch.equal(result.particles.from_encoder, estimate.particles.from_encoder)
+
+
+@torch.no_grad()
+def test_an_encoder_that_has_learnt_proposes_poses_on_the_new_map(askew, moved):
+    _, particles, estimate = askew
+    result, _ = moved
+    batch = particles.batch(torch.arange(N), RADIUS)
+    volume = result.reference.sampled()
+    placings = [e.model.place(batch, volume, result.reference.noise, 0) for e in (result, estimate)]
+    poses = result.particles.poses
+    torch.testing.assert_close(placings[0].poses.rotations, poses.rotations, atol=1e-5, rtol=0)
+    torch.testing.assert_close(placings[0].poses.shifts_in_angstroms, poses.shifts_in_angstroms, atol=1e-4, rtol=0)
+    # Those of the model as it was belong to the map as it was.
+    assert torch.equal(placings[1].poses.rotations, estimate.particles.poses.rotations)
+    assert placings[0].fit.median() > placings[1].fit.median() + 5
+    assert result.model.encoder is estimate.model.encoder
 
 
 def test_axes_that_are_nearly_right_are_adjusted_to_the_nearest(askew, moved):

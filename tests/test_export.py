@@ -14,7 +14,7 @@ import cryoai.export
 import cryoai.read_back
 from cryoai.errors import RunFailedError
 from cryoai.export import export_run
-from cryoai.formats.mrc import read_map
+from cryoai.formats.mrc import MrcMap, read_map
 from cryoai.formats.table import PoseColumns
 from cryoai.fourier import fourier_shell_correlation, n_shells_above, resize_map, soft_sphere
 from cryoai.half_maps import HalfMaps
@@ -24,6 +24,8 @@ from cryoai.pose_files import read_poses
 from cryoai.reconstruction import HalfSets
 from cryoai.runs import RunFolder
 from cryoai.simulation import protein_like_phantom, simulate
+from cryoai.symmetry.averaging import symmetrized_half_sets, symmetrized_map
+from cryoai.symmetry.groups import PointGroup
 from cryoai.training.loop import reconstruct
 from cryoai.training.settings import Settings
 from oracles import textbook_ctf
@@ -94,13 +96,37 @@ def run_from(run, folder, particles, sign=1, faults=(), **opened):
     new = RunFolder.create(folder)
     for name in ("map", "mask"):
         shutil.copy(getattr(run, name), new.path)
-    for path in run.half_maps:
+    for path in (*run.half_maps, run.settings):
         shutil.copy(path, new.path)
     poses, half_set = read_poses(run.particles), column(run.particles, "rlnRandomSubset").astype(int)
     stack.keep_table(new.input_particles).write(new.particles, poses, {"rlnRandomSubset": half_set}, faults)
     summary = json.loads(run.summary.read_text())
     new.write_json(new.summary, summary | {"particles": str(particles), "contrast": {"sign": sign, "z_score": 9.0}})
     return new
+
+
+def run_at_known_poses(stack, folder, symmetry):
+    """A run on particles at the poses of their file, made by the parts that a run is made of, and those particles."""
+    source = RunFolder.create(folder / "run")
+    poses, half_set = stack.poses, torch.arange(stack.n_particles) % 2
+    prepared = prepare_particles(stack, BOX, folder / "scratch", sign=1)
+    imaging, sets = prepared.imaging(BOX // 2), HalfSets.empty(BOX)
+    noise = prepared.power(torch.arange(stack.n_particles), BOX // 2)
+    for half in (0, 1):
+        rows = (half_set == half).nonzero().flatten()
+        sets.sums[half].add(prepared.batch(rows), poses[rows], imaging, noise.precision(imaging))
+    sets = symmetrized_half_sets(sets, PointGroup.named(symmetry))
+    maps = HalfMaps.of(sets, prepared.pixel_size_in_angstroms)
+    for path, density in zip(
+        (source.map, *source.half_maps, source.mask),
+        (maps.combined(sets), maps.first, maps.second, maps.mask),
+        strict=True,
+    ):
+        source.write_map(path, density, prepared.pixel_size_in_angstroms)
+    stack.keep_table(source.input_particles).write(source.particles, poses, {"rlnRandomSubset": half_set.numpy() + 1})
+    source.write_json(source.summary, {"particles": str(stack.table.path), "contrast": {"sign": 1}})
+    source.write_text(source.settings, Settings(symmetry=symmetry).to_toml())
+    return source, prepared
 
 
 def column(star, name):
@@ -697,23 +723,7 @@ def test_optics_groups_of_other_pixels_and_strength_give_the_map_of_their_run(tm
             for name, cells in tables[table].items():
                 all_columns.setdefault(name, []).extend(c.replace("@", f"@group{group}/") for c in cells)
     stack = ParticleStack.open(write_star(tmp_path / "p.star", columns, optics))
-    source = RunFolder.create(tmp_path / "run")
-    poses, half_set = stack.poses, torch.arange(450) % 2
-    prepared = prepare_particles(stack, BOX, tmp_path / "scratch", sign=1)
-    imaging, sets = prepared.imaging(BOX // 2), HalfSets.empty(BOX)
-    noise = prepared.power(torch.arange(450), BOX // 2)
-    for half in (0, 1):
-        rows = (half_set == half).nonzero().flatten()
-        sets.sums[half].add(prepared.batch(rows), poses[rows], imaging, noise.precision(imaging))
-    maps = HalfMaps.of(sets, prepared.pixel_size_in_angstroms)
-    for path, density in zip(
-        (source.map, *source.half_maps, source.mask),
-        (maps.combined(sets), maps.first, maps.second, maps.mask),
-        strict=True,
-    ):
-        source.write_map(path, density, prepared.pixel_size_in_angstroms)
-    stack.keep_table(source.input_particles).write(source.particles, poses, {"rlnRandomSubset": half_set.numpy() + 1})
-    source.write_json(source.summary, {"particles": str(stack.table.path), "contrast": {"sign": 1}})
+    source, prepared = run_at_known_poses(stack, tmp_path, "C1")
     assert prepared.optics.contrast_scale.min() < 0.5
     relion = export_run(source, "relion", tmp_path / "out.star")
     dataset = export_run(source, "cryosparc", tmp_path / "out.cs")
@@ -722,6 +732,52 @@ def test_optics_groups_of_other_pixels_and_strength_give_the_map_of_their_run(tm
     stored = np.load(dataset.path)
     np.testing.assert_allclose(stored["alignments3D/psize_A"], [4.5] * 250 + [4.0] * 200)
     np.testing.assert_array_equal(stored["blob/shape"][[0, -1]], [[48, 48], [54, 54]])
+
+
+def test_a_symmetric_run_is_read_back_with_its_symmetry(tmp_path):
+    phantom = protein_like_phantom(0)
+    symmetric = symmetrized_map(torch.from_numpy(phantom.density), PointGroup.named("D2")).numpy()
+    made = simulate(
+        MrcMap(symmetric, phantom.pixel_size_in_angstroms),
+        tmp_path,
+        n_particles=100,
+        n_pixels=SIZE,
+        pixel_size_in_angstroms=PIXEL,
+        snr=0.1,
+        seed=0,
+    )
+    stack = ParticleStack.open(made.truth)
+    source, _ = run_at_known_poses(stack, tmp_path, "D2")
+    for target, name in (("relion", "out.star"), ("cryosparc", "out.cs")):
+        assert export_run(source, target, tmp_path / name).check.worst_fsc > 0.999
+    # The same settings as a run of an earlier version wrote them, or of one without symmetry.
+    text = source.settings.read_text()
+    source.write_text(source.settings, text.replace('symmetry = "D2"\n', ""))
+    with pytest.raises(RunFailedError, match="gives another map"):
+        export_run(source, "relion", tmp_path / "without.star")
+
+
+def test_defocus_that_the_run_refined_is_exported(run, project, images, tmp_path):
+    given = dataset(project, tmp_path / "foreign", images)
+    source = run_from(run, tmp_path / "run", given, sign=-1)
+    changes = np.random.default_rng(0).normal(scale=150.0, size=N)
+    changes[::5] = 0
+    records = np.load(given)
+    stack = ParticleStack.open(given).keep_table(source.input_particles)
+    refined = {"rlnDefocusU": records["ctf/df1_A"] + changes, "rlnDefocusV": records["ctf/df2_A"] + changes}
+    half_set = {"rlnRandomSubset": column(run.particles, "rlnRandomSubset").astype(int)}
+    stack.write(source.particles, read_poses(run.particles), refined | half_set)
+    for target, name in (("relion", "out.star"), ("cryosparc", "out.cs")):
+        export_run(source, target, tmp_path / name)
+    stored = np.load(tmp_path / "out.cs")
+    for name, theirs in (("ctf/df1_A", "rlnDefocusU"), ("ctf/df2_A", "rlnDefocusV")):
+        np.testing.assert_allclose(stored[name], refined[theirs], rtol=0, atol=2e-3)
+        np.testing.assert_allclose(column(tmp_path / "out.star", theirs), refined[theirs], rtol=0, atol=1e-5)
+        assert stored.dtype[name] == records.dtype[name]
+        # What was not changed is what came in, to the last bit.
+        np.testing.assert_array_equal(stored[name][::5], records[name][::5])
+    for name in set(records.dtype.names) - {"ctf/df1_A", "ctf/df2_A"}:
+        np.testing.assert_array_equal(stored[name], records[name], err_msg=name)
 
 
 # ------------------------------------------------------------------------------ bad input
@@ -758,6 +814,8 @@ DAMAGE = {
     "no copy": (lambda run: (run.path / "input_particles.star").unlink(), "input_particles.star is missing"),
     "no contrast": (lambda run: run.summary.write_text('{"particles": "p.star"}'), "not as a run writes it"),
     "no summary": (lambda run: run.summary.write_text("{"), "not as a run writes it"),
+    "no settings": (lambda run: run.settings.unlink(), "settings.toml: no such file"),
+    "no readable settings": (lambda run: run.settings.write_text("="), "settings.toml: not as a run writes it"),
     "no half sets": (
         lambda run: run.particles.write_text(run.particles.read_text().replace("rlnRandomSubset", "rlnOther")),
         "no half set (rlnRandomSubset)",

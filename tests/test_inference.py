@@ -1,6 +1,7 @@
 """Poses for particles that a run has never seen, and how much they are to be believed."""
 
 import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -9,11 +10,12 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
+from cryoai.alignment import FrameChange
 from cryoai.bootstrap import Reference
 from cryoai.encoder import EncoderArchitecture
-from cryoai.formats.mrc import read_map
+from cryoai.formats.mrc import MrcMap, read_map
 from cryoai.fourier import FourierDisc
-from cryoai.inference import PosePredictor, TrainedEncoder, infer_file
+from cryoai.inference import PosePredictor, TrainedEncoder, _features, infer_file
 from cryoai.model import CryoAI
 from cryoai.noise import NoiseSpectrum
 from cryoai.particle_stack import ParticleStack
@@ -22,11 +24,14 @@ from cryoai.pose_files import read_poses
 from cryoai.poses import angular_distance_in_degrees
 from cryoai.runs import RunFolder
 from cryoai.simulation import protein_like_phantom, simulate
+from cryoai.symmetry.averaging import symmetrized_map
+from cryoai.symmetry.detection import place_symmetry
+from cryoai.symmetry.groups import PointGroup
 from cryoai.training.loop import reconstruct
 from cryoai.training.settings import Settings
 from cryoai.training.stages import Amortized, Estimate
 from cryoai.volumes import VoxelVolume
-from oracles import make_optics
+from oracles import make_optics, random_rotations
 from stacks import OPTICS, files_in, particle_columns, plain_parse, refusal, write_images, write_star
 
 # ------------------------------------------------------------------------------ the encoder's file
@@ -57,6 +62,8 @@ def an_encoder(kind="polar", symmetrization="none", n_hypotheses=4):
         shift_std_in_angstroms=2.3,
         fit_centre=-0.4,
         fit_spread=1.7,
+        frame=FrameChange(random_rotations(1, seed=2)[0].float(), mirrored=False, shift=torch.tensor([1.0, 2.0, -3.0])),
+        group=PointGroup.named("T"),
     )
     return trained, network.eval()
 
@@ -77,6 +84,10 @@ def test_an_encoder_comes_back_from_its_file_with_all_that_it_knows(tmp_path, ki
     assert torch.equal(again.residual_noise.variance, trained.residual_noise.variance)
     for name, value in vars(trained.optics).items():
         assert torch.equal(getattr(again.optics, name), value)
+    assert torch.equal(again.frame.rotation, trained.frame.rotation)
+    assert torch.equal(again.frame.shift, trained.frame.shift)
+    assert again.group.name == "T"
+    assert torch.equal(again.group.operators, trained.group.operators)
 
     disc = FourierDisc.of_box(BOX)
     images = disc.from_images(torch.randn(6, BOX, BOX))
@@ -87,6 +98,25 @@ def test_an_encoder_comes_back_from_its_file_with_all_that_it_knows(tmp_path, ki
     assert torch.equal(found.poses.shifts_in_angstroms, expected.poses.shifts_in_angstroms)
     assert torch.equal(found.log_probabilities, expected.log_probabilities)
     assert expected.poses.rotations.std(dim=0).max() > 0.01
+
+
+def test_an_encoder_of_an_earlier_version_has_no_symmetry_and_the_frame_of_its_map(tmp_path):
+    path = tmp_path / "e.safetensors"
+    trained, _ = an_encoder()
+    trained.save(path)
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["cryoai"])
+    tensors = safetensors.torch.load_file(path)
+    del about["symmetry"]
+    for name in ("symmetry_operators", "frame.rotation", "frame.shift"):
+        del tensors[name]
+    safetensors.torch.save_file(tensors, path, {"cryoai": json.dumps(about)})
+    again = TrainedEncoder.load(path)
+    assert (again.group.name, len(again.group)) == ("C1", 1)
+    assert torch.equal(again.group.operators[0], torch.eye(3))
+    assert torch.equal(again.frame.rotation, torch.eye(3))
+    assert torch.equal(again.frame.shift, torch.zeros(3))
+    assert again.fit_spread == trained.fit_spread
 
 
 def test_an_encoder_that_is_missing_or_none_of_ours_is_refused_in_one_line(tmp_path):
@@ -234,6 +264,44 @@ def test_refinement_is_asked_for_with_a_flag(run, new, tmp_path, output):
     found, refined = (read_poses(tmp_path / name) for name in ("a.star", "b.star"))
     moved = angular_distance_in_degrees(found.rotations, refined.rotations)
     assert (moved > 0.1).float().mean() > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_rehearsals", "in_full_precision")
+def test_the_encoder_of_a_symmetric_run_is_saved_with_its_group_and_the_frame_of_the_map(tmp_path, monkeypatch):
+    """The axes are placed anew after the encoder has learnt, as in a run without Bootstrap."""
+    monkeypatch.setattr("cryoai.training.stages.axes.adjust_symmetry", place_symmetry)
+    phantom, group = protein_like_phantom(0), PointGroup.named("D2")
+    density = symmetrized_map(torch.from_numpy(phantom.density), group).numpy()
+    source = MrcMap(density, phantom.pixel_size_in_angstroms)
+    made = simulate(source, tmp_path, n_particles=200, n_pixels=32, pixel_size_in_angstroms=7.0, snr=1.0, seed=0)
+    settings = FINE | {
+        "stages": ("bootstrap", "amortized", "refinement"),
+        "symmetry": "D2",
+        "bootstrap": {"n_steps": 40, "batch_size": 100, "n_rotations": 1152, "n_starts": 1, "max_starts": 1},
+        "placement": {"n_rotations": 1152, "n_iterations": 1},
+        "refinement": {"max_rounds": 3, "n_iterations": 1},
+    }
+    stack = ParticleStack.open(made.particles)
+    run = reconstruct(stack, tmp_path / "run", Settings.assemble("auto", None, settings)).run
+    trained = TrainedEncoder.load(run.encoder_weights)
+    assert trained.group.name == "D2"
+    assert torch.equal(trained.group.operators, group.operators)
+    assert angular_distance_in_degrees(trained.frame.rotation, torch.eye(3)) > 30
+    predictor = PosePredictor.of_run(run, n_iterations=0, device=torch.device("cpu"))
+    batch = next(predictor._stream(stack, Quarantine(stack, 0)))
+    with torch.no_grad():
+        proposed = predictor.model.propose(batch, trained.noise.precision(predictor.model.imaging)).poses
+    # What the run says that the encoder said is among its proposals, in their new frame.
+    chosen = read_poses(run.encoder_particles)
+    near, far = (
+        angular_distance_in_degrees(poses.rotations, chosen.rotations[:, None]).amin(1)
+        for poses in (trained.frame.of_poses(proposed), proposed)
+    )
+    assert near.median() < 0.2
+    assert far.median() > 5
+    placed = predictor.place(batch).poses
+    assert (angular_distance_in_degrees(placed.rotations, chosen.rotations) < 1).float().mean() > 0.5
 
 
 # ------------------------------------------------------------------------------ commands that must be refused
@@ -441,7 +509,8 @@ def train(folder, simulation, radius=10, n_steps=500):
     run = RunFolder.create(folder / "run")
     weights = model.encoder.state_dict()
     about = (32, particles.pixel_size_in_angstroms, radius, 1, *noise, particles.optics, SHIFT, 0.0, 1.0)
-    TrainedEncoder(architecture, "matched", weights, *about).save(run.encoder_weights)
+    frame, group = FrameChange(torch.eye(3), mirrored=False, shift=torch.zeros(3)), PointGroup.named("C1")
+    TrainedEncoder(architecture, "matched", weights, *about, frame, group).save(run.encoder_weights)
     run.write_map(run.map, gain * density, 3.5)
     run.write_json(run.summary, {})
 
@@ -525,6 +594,24 @@ def test_images_without_the_molecule_or_with_the_other_contrast_are_not_believed
     assert "few" not in infer_file(
         predictor, practised / "test" / "particles.star", tmp_path / "out.star", data_dir=None
     )
+
+
+@pytest.mark.parametrize(("name", "right"), [("C1", 0.25), ("D2", 1.0)])
+def test_poses_of_a_symmetric_particle_are_right_up_to_its_symmetry_and_it_knows_that(
+    practised, tmp_path, monkeypatch, name, right
+):
+    """On a map of D2, whose encoder knows nothing of it, so that the poses are those of the search."""
+    monkeypatch.setattr("cryoai.inference._N_SYNTHETIC", 200)
+    known, run = RunFolder(practised / "run"), RunFolder.create(tmp_path / "run")
+    density = torch.from_numpy(read_map(known.map).density)
+    run.write_map(run.map, 3 * symmetrized_map(density, PointGroup.named("D2")), 3.5)
+    trained = TrainedEncoder.load(known.encoder_weights)
+    dataclasses.replace(trained, group=PointGroup.named(name)).save(run.encoder_weights)
+    predictor = PosePredictor.of_run(run, n_iterations=2, device=torch.device("cpu"))
+    rehearsed, found = predictor._rehearse(200, seed=1)
+    assert float(found.float().mean()) == pytest.approx(right, abs=0.1)
+    sure = predictor.confidence(_features(rehearsed), rehearsed.fit)
+    assert float(sure.mean()) == pytest.approx(right, abs=0.12)
 
 
 def test_an_encoder_of_dark_protein_reads_images_of_dark_protein(practised, predictor):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from cryoai.alignment import FrameChange
 from cryoai.encoder import ConvolutionalEncoder, PoseEncoder, SymmetrizedEncoder
 from cryoai.fourier import FourierDisc
 from cryoai.imaging import ImagingModel
@@ -8,6 +9,8 @@ from cryoai.model import CryoAI, Placing, matched_filter, unfiltered
 from cryoai.noise import NoiseSpectrum
 from cryoai.particles import ParticleBatch
 from cryoai.poses import Hypotheses, Poses, angular_distance_in_degrees
+from cryoai.symmetry.averaging import symmetrized_map
+from cryoai.symmetry.groups import PointGroup, symmetric_distance_in_degrees
 from cryoai.volumes import SampledVolume, VoxelVolume
 from oracles import make_optics, random_rotations, textbook_ctf
 from properties import unchanged
@@ -345,3 +348,77 @@ def test_other_hypotheses_are_judged_beside_the_encoder_s(model, precision):
     assert torch.equal(found.poses.rotations[0], right)
     assert float(found.fit) == pytest.approx(0, abs=0.05)
     assert float(found.probability) == 0
+
+
+# ------------------------------------------------------------------------------ frames and symmetry
+
+
+def a_frame(seed):
+    return FrameChange(random_rotations(1, seed)[0].float(), mirrored=False, shift=3 * torch.randn(3))
+
+
+@torch.no_grad()
+def test_proposals_are_brought_to_the_frame_of_the_maps(phantom, precision):
+    """The particle is moved twice in closed form; the encoder learnt before."""
+    pixel_size = 3.0
+    truth = Poses(apart(4, seed=9)[None], 2 * torch.randn(1, 4, 2))
+    encoder = FixedEncoder(truth.rotations, truth.shifts_in_angstroms, torch.tensor([[0.4, 0.3, 0.2, 0.1]]))
+    imaging = ImagingModel(FourierDisc.of_box(BOX), pixel_size, RADIUS)
+    learnt = CryoAI(encoder, VoxelVolume(phantom.density(BOX).float()), imaging)
+    model, particle = learnt, phantom
+    for seed in (11, 12):
+        frame = a_frame(seed)
+        with unchanged(*model.state_dict().values()):
+            model = model.moved(frame)
+        particle = particle.moved(frame.rotation, shift=frame.shift.double() / pixel_size)
+    volume = SampledVolume.from_map(particle.density(BOX).float(), RADIUS)
+    noise = NoiseSpectrum((1 / (20 * precision.max())).expand(RADIUS + 1))
+    optics = make_optics(1, defocus_u_in_angstroms=14000.0)
+    for answer in range(4):
+        expected = model.frame.of_poses(truth[:, answer])
+        image = imaging.predict(learnt.volume.sampled(RADIUS), truth[:, answer], optics)
+        batch = ParticleBatch(torch.arange(1), image, optics)
+        placing = model.place(batch, volume, noise, 0)
+        torch.testing.assert_close(placing.poses.rotations, expected.rotations)
+        torch.testing.assert_close(placing.poses.shifts_in_angstroms, expected.shifts_in_angstroms)
+        # Two lattices of the same map are off by 1 %.
+        assert abs(float(placing.fit)) < 1
+        assert float(learnt.place(batch, volume, noise, 0).fit) < -4
+        # What is learnt and judged with the volume of the model stays in its own frame.
+        assert torch.equal(model.propose(batch, precision).poses.rotations, truth.rotations)
+
+
+def test_the_frame_is_kept_with_the_weights(model):
+    frame = a_frame(13)
+    moved = model.moved(frame).eval()
+    fresh = CryoAI(model.encoder, model.volume, model.imaging)
+    fresh.load_state_dict(moved.state_dict())
+    assert torch.equal(fresh.frame.rotation, frame.rotation)
+    assert torch.equal(fresh.frame.shift, frame.shift)
+    assert torch.equal(model.frame.rotation, torch.eye(3))
+    assert not moved.encoder.training
+    with pytest.raises(ValueError, match="other hand"):
+        model.moved(FrameChange(torch.eye(3), mirrored=True, shift=torch.zeros(3)))
+
+
+@torch.no_grad()
+def test_equivalent_poses_are_one_answer(model, precision):
+    group = PointGroup.named("D2")
+    symmetric = SampledVolume.from_map(symmetrized_map(model.volume.density, group), RADIUS)
+    first, second = apart(2, seed=2)
+    assert symmetric_distance_in_degrees(first, second, group) > 20
+    rotations = torch.stack([first, group.operators[1] @ about_x(first, 5.0), group.operators[2] @ first, second])
+    encoder = FixedEncoder(rotations[None], torch.zeros(1, 4, 2), torch.tensor([[0.1, 0.4, 0.3, 0.2]]))
+    asked = CryoAI(encoder, model.volume, model.imaging)
+    noise, optics = NoiseSpectrum((1 / precision.max()).expand(RADIUS + 1)), make_optics(1)
+    image = model.imaging.predict(symmetric, Poses(first[None], torch.zeros(1, 2)), optics)
+    batch = ParticleBatch(torch.arange(1), image, optics)
+    alone, together = (asked.place(batch, symmetric, noise, 0, group=g) for g in (PointGroup.named("C1"), group))
+    assert float(together.probability) == pytest.approx(0.8, abs=1e-5)
+    assert float(alone.probability) < 0.4
+    residual = (image - model.imaging.predict(symmetric, Poses(second[None], torch.zeros(1, 2)), optics)).abs().square()
+    runner_up = float((residual * precision).sum())
+    assert 0.5 < runner_up < 50
+    assert float(together.lead) == pytest.approx(runner_up, rel=1e-2)
+    # Without symmetry, a mate is a rival that is as good.
+    assert float(alone.lead) < 0.02 * runner_up

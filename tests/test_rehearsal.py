@@ -10,7 +10,7 @@ from cryoai.bootstrap import BootstrapSchedule
 from cryoai.confidence import features_of_fit
 from cryoai.noise import NoiseSpectrum
 from cryoai.poses import angular_distance_in_degrees
-from cryoai.symmetry.averaging import symmetrized_map
+from cryoai.symmetry.averaging import symmetrized_half_sets, symmetrized_map
 from cryoai.symmetry.groups import PointGroup
 from cryoai.training.stages import BlockPosing, Estimate, Refinement, Rehearsal, trial_poses
 from cryoai.volumes import SampledVolume
@@ -82,8 +82,8 @@ class Known:
         )
 
 
-def posing(estimate, particles, trials):
-    return BlockPosing(estimate, particles, trials, n_placement_iterations=1, n_iterations=2)
+def posing(estimate, particles, trials, group=NO_SYMMETRY):
+    return BlockPosing(estimate, particles, trials, group, n_placement_iterations=1, n_iterations=2)
 
 
 def posed(found, particles, half_set):
@@ -135,6 +135,18 @@ def test_particles_that_the_run_has_not_seen_are_posed_as_well_as_its_own(clear)
         again.add(particles.batch(rows), block.particles.poses[rows], full, clear.estimate.noise.precision(full))
         found = block.half_sets.sums[half].sums
         torch.testing.assert_close(found, again.sums, rtol=1e-3, atol=1e-4 * float(again.sums.abs().max()))
+
+
+def test_a_block_enters_the_sums_with_the_symmetry_that_they_have(clear):
+    particles, _, _ = clear.new_particles()
+    group = PointGroup.named("D2")
+    plain = posed(clear.posing, particles, NEW_HALF_SET)
+    symmetric = posed(posing(clear.estimate, particles, clear.trials, group), particles, NEW_HALF_SET)
+    for found, expected in zip(
+        symmetric.half_sets.sums, symmetrized_half_sets(plain.half_sets, group).sums, strict=True
+    ):
+        torch.testing.assert_close(found.sums, expected.sums)
+    assert not torch.allclose(symmetric.half_sets.sums[0].sums, plain.half_sets.sums[0].sums)
 
 
 def test_the_fit_of_a_particle_is_that_to_the_map_of_the_other_half(clear):

@@ -206,7 +206,9 @@ def completion(simulated, tmp_path):
 
     def make(max_faulty_share=0.5):
         trials = trial_poses(trained, SCHEDULE, 600)
-        posing = BlockPosing(estimate, trained, trials, n_placement_iterations=1, n_iterations=1)
+        posing = BlockPosing(
+            estimate, trained, trials, PointGroup.named("C1"), n_placement_iterations=1, n_iterations=1
+        )
         left = torch.arange(N_TRAINED, N_TRAINED + N_LEFT)
         scratch = tmp_path / "block"
         return Completion(stack, left, trained, estimate, half_set, posing, scratch, max_faulty_share=max_faulty_share)

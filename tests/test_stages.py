@@ -80,7 +80,7 @@ def make_model(particles):
 def place(particles, reference, *, model=None, searches=True, n_iterations=2, half_references=None):
     trials = trial_poses(particles, SCHEDULE, SCHEDULE.n_rotations) if searches else None
     estimate = Estimate(reference=reference, model=model, half_references=half_references)
-    return Placement(particles, estimate, HALF_SET, trials, n_iterations=n_iterations)
+    return Placement(particles, estimate, HALF_SET, trials, PointGroup.named("C1"), n_iterations=n_iterations)
 
 
 def refinement(particles, estimate, *, searches=(), group=NO_SYMMETRY, max_rounds=1, n_iterations=2, half_set=HALF_SET):
@@ -432,8 +432,8 @@ def test_the_noise_that_refinement_finds_is_that_of_the_images(images, truth, re
     stage = refinement(particles, placed_estimate(particles, truth, HALF_SET, reference), max_rounds=2)
     finish(stage)
     found = stage.result().noise.variance[1:] / NOISE**2
-    resolved = stage.round.band_limit - 3
-    assert (found[:resolved] - 1).abs().max() < 0.1
+    # Well within the band of the first rounds.
+    assert (found[:10] - 1).abs().max() < 0.1
     # What the maps do not show yet is taken for noise, and some of the noise for the map.
     assert found.min() > 0.9
     assert found.max() < 1.8

@@ -8,6 +8,7 @@ from scipy.spatial.transform import Rotation
 from cryoai.fourier import fourier_shell_correlation
 from cryoai.poses import rotations_from_euler_angles
 from cryoai.reconstruction import particle_mask
+from cryoai.symmetry.groups import PointGroup
 from cryoai.validation.masks import automatic_mask
 from cryoai.validation.orientations import conical_correlation, orientation_distribution
 from known_maps import made_up_complex, noise, noisy_halves, radius, reconstruction
@@ -70,13 +71,30 @@ def test_several_peaks_are_told_apart_the_strongest_first():
 
 
 def test_few_directions_are_a_collapse():
-    axes = torch.nn.functional.normalize(torch.randn(20, 3, generator=torch.Generator().manual_seed(0)), dim=1)
+    axes = torch.nn.functional.normalize(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), dim=1)
     rotations = torch.cat([seen_along(axis, 3, 100, seed) for seed, axis in enumerate(axes)])
     found = orientation_distribution(rotations)
     assert found.is_collapsed
     assert found.is_preferred
-    # Twenty caps of some cells each, of 500.
-    assert 20 / 500 < found.effective_share < 0.15
+    # Five caps of some cells each, of 500.
+    assert 5 / 500 < found.effective_share < 0.05
+
+
+def test_a_strong_preference_is_no_collapse():
+    uniform = random_rotations(800).float()
+    found = orientation_distribution(torch.cat([seen_along(torch.tensor([0.0, 0.0, 1.0]), 25, 1200, 0), uniform]))
+    assert found.is_preferred
+    assert not found.is_collapsed
+
+
+def test_of_a_symmetric_molecule_every_view_counts_with_its_mates():
+    group = PointGroup.named("D3")
+    axis = torch.nn.functional.normalize(torch.tensor([0.5, 0.3, 0.4]), dim=0)
+    rotations = seen_along(axis, 5, 300, 0)
+    found = orientation_distribution(rotations, group.operators)
+    mates = [orientation_distribution(operator @ rotations).counts for operator in group.operators]
+    assert (found.counts == sum(mates)).all()
+    assert found.n_particles == 6 * 300
 
 
 def test_a_view_is_relions_direction_and_turning_the_image_changes_nothing():

@@ -35,6 +35,7 @@ ALONE = {
     "not much better than noise": ({"better_than_noise": 0.59}, "only 59% of the particles fit the map better", False),
     "synthetic ones not found": ({"found_of_synthetic": 0.3}, "of this very map only 30% were posed rightly", False),
     "fit is worse": ({"misfit": -2.34}, "fit the map 2.3 standard deviations worse", False),
+    "given halves are new": ({"given_halves_are_new": True}, "the half sets were drawn anew", False),
     "few poses are sure": ({"sure": 0.4}, "only 40% of the poses are more likely right", False),
     "no shell": ({"n_resolved_shells": 0}, "agree in 0 shells only", True),
     "three shells": ({"n_resolved_shells": 3}, "agree in 3 shells only", True),
@@ -51,6 +52,7 @@ ALONE = {
     ),
     "contrast": ({"contrast_is_clear": False}, "whether protein is bright or dark", False),
     "symmetry": ({"symmetry_asked": "D2", "symmetry_share": 0.77}, "before D2 was imposed, only 77% of", False),
+    "symmetry never seen": ({"symmetry_asked": "C7"}, "C7 was imposed, and before too little was seen", False),
 } | {defect.name: ({"defects": (defect,)}, defect.value, False) for defect in MapDefect}
 HARMLESS = [
     {"misfit": -1.9},
@@ -120,6 +122,15 @@ def test_the_gravest_reasons_come_first_and_the_others_in_the_order_in_which_thi
     assert [doubt.is_fatal for doubt in verdict.doubts] == [True] * 2 + [False] * 6
 
 
+def test_a_map_of_which_no_pose_is_right_is_a_failure():
+    none = replace(GOOD, sure=0.0, found_of_synthetic=0.01)
+    assert judge(none).status == "failed"
+    # There is nothing to export.
+    assert not any("--keep-confident" in reason for reason in judge(none).reasons)
+    assert judge(replace(none, sure=0.06)).status == judge(replace(none, found_of_synthetic=0.06)).status == "ambiguous"
+    assert "--keep-confident" in judge(replace(GOOD, sure=0.3)).reasons[0]
+
+
 def test_where_poses_were_given_nothing_is_said_of_starts():
     given_poses = replace(GOOD, starts_agree=None, halves_are_independent=False, poses_were_given=True)
     assert judge(given_poses).status == "solved"
@@ -149,6 +160,7 @@ EVIDENCE = st.builds(
     symmetry_asked=st.just("C3"),
     symmetry_share=SHARES,
     poses_were_given=st.booleans(),
+    given_halves_are_new=st.booleans(),
 )
 
 

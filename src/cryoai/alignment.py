@@ -37,7 +37,7 @@ class FrameChange:
 
     def of_poses(self, poses: Poses) -> Poses:
         """The poses of the same images with respect to the changed particle."""
-        rotations = self.rotation @ (_mirror(poses.rotations) if self.mirrored else poses.rotations)
+        rotations = self.rotation.to(poses.rotations) @ (_mirror(poses.rotations) if self.mirrored else poses.rotations)
         # A particle moved by t is seen moved by the first two components of R^T t, and its origin
         # with it: the image itself stays where it is.
         moved = (rotations.transpose(-1, -2) @ self.shift.to(rotations))[..., :2]
@@ -130,8 +130,10 @@ def align_maps(moving: Tensor, reference: Tensor, *, max_radius: int, try_mirror
 
     Maximises the correlation of the transforms in shells 1 to ``max_radius``: exhaustively at low
     resolution over about 4,600 rotations (and hands), all shifts at once by a Fourier transform;
-    then by gradient from the five best of each hand.
+    then by gradient from the five best of each hand. On the CPU, whatever device the maps are on: the
+    transforms are many and small.
     """
+    moving, reference = moving.cpu(), reference.cpu()
     coarse_radius = min(max_radius, 8)
     starts: list[tuple[float, FrameChange]] = []
     for mirrored in (False, True) if try_mirror else (False,):

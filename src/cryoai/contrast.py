@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ _LAST_SHELL = 8
 _LARGEST_SCALE = 5.0
 # In standard errors of the mean, and in standard deviations of one image.
 _CLEAR_Z_SCORE, _CLEAR_CORRELATION = 8.0, 0.5
+_CLEAR_SEARCH = 8.0
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,17 @@ class ContrastSign:
     search_z_score: float | None = None
 
     def is_clear(self, n_particles: int) -> bool:
-        """Whether neither chance nor, where images are many, a slight gradient of the ice explains the statistics."""
+        """Whether the search with both signs decided it, or the statistics of the images did.
+
+        Those are clear if neither chance nor, where images are many, a slight gradient of the ice explains them.
+        """
+        if self.search_z_score is not None and abs(self.search_z_score) > _CLEAR_SEARCH:
+            return True
         return abs(self.z_score) > max(_CLEAR_Z_SCORE, _CLEAR_CORRELATION * math.sqrt(n_particles))
+
+    def stated(self, sign: int | None) -> ContrastSign:
+        """The same statistics with the sign that was given; where none was, with that which they speak for."""
+        return replace(self, sign=sign or (-1 if self.z_score < 0 else 1))
 
 
 def correlate_with_blob(coefficients: Tensor, optics: Optics, disc: FourierDisc) -> Tensor:
@@ -55,9 +65,7 @@ def decide_sign(correlations: Tensor, sign: int | None) -> ContrastSign:
     if len(correlations) > 1:
         deviation, mean = torch.std_mean(correlations)
         z_score = float(mean / (deviation / math.sqrt(len(correlations))).clamp_min(1e-12))
-    if sign is None:
-        sign = -1 if z_score < 0 else 1
-    return ContrastSign(sign, z_score)
+    return ContrastSign(1, z_score).stated(sign)
 
 
 class PowerOfGroups:

@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -124,6 +124,7 @@ def export_run(
     * A dataset written for RELION, and a STAR file for cryoSPARC, name their images by paths that start from the
       folder of ``out``, or by whole paths where they are not below it. RELION takes stacks only by names that end
       in ``.mrcs`` and have no white space: others get links, in the folder ``NAME_stacks`` beside ``out``.
+    * Defocus that the run refined is written instead of the one that came in.
     * ``rlnParticleFigureOfMerit``, where all of it is from 0 to 1, becomes cryoSPARC's ``class_posterior``.
 
     Parameters
@@ -304,19 +305,25 @@ def _names_for_relion(stacks: Sequence[Path], links: Path) -> list[str]:
 
 
 def _rewrite_dataset(path: Path, particles: RunParticles, folder: Path, passthrough: Sequence[Path]) -> None:
-    """Write the dataset that the run came from with the poses of the run."""
+    """Write the dataset that the run came from with the poses of the run, and the defocus if it refined that."""
     assert particles.copy is not None
-    assert particles.table.poses is not None
+    ours = particles.table
+    assert ours.poses is not None
     table = read_cryosparc(particles.copy, passthrough)
     if len(table) != particles.n_rows:
         raise InputError(
             f"{particles.copy}: {len(table)} rows, but the run has {particles.n_rows}; restore the file that the run "
             "wrote"
         )
+    refined = replace(
+        table.take(ours.rows),
+        defocus_u_in_angstroms=ours.defocus_u_in_angstroms,
+        defocus_v_in_angstroms=ours.defocus_v_in_angstroms,
+    )
     rewrite_cryosparc(
         path,
-        table.take(particles.table.rows),
-        particles.table.poses,
+        refined,
+        ours.poses,
         half_set=particles.half_set,
         confidence=particles.confidence,
         passthrough=passthrough,

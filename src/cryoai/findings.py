@@ -10,7 +10,7 @@ from cryoai.half_maps import HalfMaps
 from cryoai.poses import Poses
 from cryoai.reconstruction import particle_mask
 from cryoai.symmetry.detection import SymmetryCandidate, find_symmetry
-from cryoai.symmetry.groups import PointGroup, equivalent_poses
+from cryoai.symmetry.groups import PointGroup
 from cryoai.validation.defects import MapDefects, map_defects
 from cryoai.validation.local_resolution import local_resolution
 from cryoai.validation.orientations import (
@@ -73,7 +73,7 @@ def examine(half_maps: HalfMaps, poses: Poses, pixel_size_in_angstroms: float, g
     return MapFindings(
         sharpened_map(first, second, mask, half_maps.fsc, pixel_size_in_angstroms, resolution),
         local_resolution(first, second, mask, pixel_size_in_angstroms),
-        orientation_distribution(equivalent_poses(poses, group).rotations.flatten(0, 1)),
+        orientation_distribution(poses.rotations, group.operators),
         # Inside a tight mask, what leaks into directions without data agrees in both halves.
         conical_correlation(first, second, particle_mask(len(mask), device=mask.device), pixel_size_in_angstroms),
         map_defects(first, second, pixel_size_in_angstroms, resolution),

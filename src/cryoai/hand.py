@@ -1,13 +1,15 @@
 """The other hand of a finished run: map, poses, encoder and volume mirrored together.
 
-The mirror is the one of :mod:`cryoai.alignment`, which reverses z: ``V'(r) = V(J r)`` with
-``J = diag(1, 1, -1)``. An image is a slice, ``F(k) = V(R [k, 0])`` (docs/conventions.md), and stays
-what it is at the pose ``R' = J R J``, with the same shift. Everywhere this is a change of signs or
-of places, so that nothing is rounded and two flips give every byte back:
+The mirror image is the one through the centre, ``V'(r) = V(-r)``: rotations commute with it, so that a
+symmetric particle keeps the operators of its group. (A mirror plane takes T to another orientation.) An
+image is a slice, ``F(k) = V(R [k, 0])`` (docs/conventions.md), and stays what it is at the pose
+``R' = R diag(-1, -1, 1)``, with the same shift. Everywhere this is a change of signs or of places, so that
+nothing is rounded and two flips give every byte back:
 
-* RELION's rot and psi are turned by 180°, tilt stays;
-* an encoder, which says the first two columns of ``R``, reverses the z of both in its last layer;
-* a FourierNet takes the z of a frequency reversed in its first layer.
+* RELION's psi is turned by 180°, rot and tilt stay;
+* an encoder, which says the first two columns of ``R``, says both reversed in its last layer, and the shift
+  of its frame is reversed;
+* a FourierNet says the complex conjugate, which is the transform of the mirror image, in its last layer.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ __all__ = ["HandFlip", "flip_hand"]
 # the flip is as good as done: whoever comes next can move them into place.
 _UNFINISHED, _COMPLETE = ".hand-unfinished", ".hand-complete"
 
-_TURNED = ("rlnAngleRot", "rlnAnglePsi")
+_TURNED = "rlnAnglePsi"
 _DECIMAL = re.compile(r"(-?)((?:0|[1-9]\d*)(?:\.\d+)?)")
 _FLIPPED = re.compile(r'("hand_flipped"\s*:\s*)(true|false)')
 _FLIPPED_FIRST = '{\n  "hand_flipped": true,'
@@ -43,10 +45,11 @@ _MIRRORED = re.compile(r'("mirrored"\s*:\s*)(true|false)')
 
 # The first six numbers that the last layer of an encoder says are the first two columns (x, y, z) of the rotation.
 _ROTATION_LAYERS = re.compile(r"encoder\.(?:encoder\.)?(?:head\.2|rotation_heads\.\d+\.5)\.(?:weight|bias)")
-_Z_OF_BOTH_COLUMNS = ([2, 5],)
-# Both networks of a FourierNet are given frequencies (x, y, z).
-_FREQUENCY_LAYERS = re.compile(r"(?:modulant|envelope)\.input\.weight")
-_Z_OF_FREQUENCY = (slice(None), 2)
+_BOTH_COLUMNS = slice(0, 6)
+_SHIFT_OF_FRAME = "frame.shift"
+# The second number that the modulant of a FourierNet says is the factor of the imaginary part.
+_COMPLEX_LAYERS = re.compile(r"modulant\.output\.(?:weight|bias)")
+_IMAGINARY_PART = slice(1, 2)
 _VOXELS = "density"
 _BYTES_PER_NUMBER = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
@@ -147,27 +150,27 @@ def _write_mirrored_map(source: Path, target: Path) -> None:
 
 
 def _mirror_voxels(content: bytearray, start: int, shape: tuple[int, ...], bytes_per_voxel: int) -> None:
-    """Reverse z about index ``n // 2``, in place: each voxel is moved as it is.
+    """Reverse x, y and z about index ``n // 2``, in place: each voxel is moved as it is.
 
-    The first plane of an even box has no partner on the other side and is its own mirror image, as on a
+    The first planes of an even box have no partner on the other side and take each other's place, as on a
     circle.
     """
     n = shape[0]
     voxels = np.frombuffer(content, np.dtype((np.void, bytes_per_voxel)), int(np.prod(shape)), start).reshape(shape)
-    voxels[:] = voxels[(2 * (n // 2) - np.arange(n)) % n]
+    reversed_axis = (2 * (n // 2) - np.arange(n)) % n
+    voxels[:] = voxels[np.ix_(reversed_axis, reversed_axis, reversed_axis)]
 
 
 # ------------------------------------------------------------------------------ poses
 
 
 def _write_turned_particles(source: Path, target: Path) -> None:
-    """The same file to the last character, but for rot and psi."""
+    """The same file to the last character, but for psi."""
     table = read_star(source)
     assert table.star is not None
-    missing = [name for name in _TURNED if name not in table.star.columns]
-    if missing:
-        raise InputError(f"{source}: the column {missing[0]} is missing; a run folder with poses is needed")
-    places, n_rows = {table.star.columns.index(name) for name in _TURNED}, 0
+    if _TURNED not in table.star.columns:
+        raise InputError(f"{source}: the column {_TURNED} is missing; a run folder with poses is needed")
+    place, n_rows = table.star.columns.index(_TURNED), 0
     # Line ends are kept: these are the same lines as those without them.
     with (
         source.open(encoding="utf-8", newline="") as before,
@@ -176,20 +179,19 @@ def _write_turned_particles(source: Path, target: Path) -> None:
         for line, text in zip(star_lines(source), before, strict=True):
             if line.kind == "row" and line.block == table.star.block:
                 n_rows += 1
-                text = _with_words_turned(text, tokens(line.text), places, f"{source}: an angle of row {n_rows}")
+                text = _with_word_turned(text, tokens(line.text), place, f"{source}: {_TURNED} of row {n_rows}")
             after.write(text)
     if n_rows != len(table):
         raise InputError(f"{source}: its particles do not stand in a loop; a file that a run wrote is needed")
 
 
-def _with_words_turned(text: str, words: list[str], places: set[int], named: str) -> str:
-    """A line with its words in some places turned as angles, and its spaces as they are."""
-    parts, end = [], 0
-    for place, word in enumerate(words):
+def _with_word_turned(text: str, words: list[str], place: int, named: str) -> str:
+    """A line with the word in a place turned as an angle, and all else as it is."""
+    start = end = 0
+    for word in words[: place + 1]:
         start = text.index(word, end)
-        parts += [text[end:start], _turned(word, named) if place in places else word]
         end = start + len(word)
-    return "".join(parts) + text[end:]
+    return text[:start] + _turned(words[place], named) + text[end:]
 
 
 def _turned(angle: str, named: str) -> str:
@@ -230,29 +232,31 @@ def _write_encoder(source: Path, target: Path) -> None:
     if not last:
         raise InputError(f"{source}: not an encoder of this program; run reconstruct again")
     for tensor in last:
-        _change_signs(content, tensor, _Z_OF_BOTH_COLUMNS)
+        _change_signs(content, tensor, _BOTH_COLUMNS)
+    if _SHIFT_OF_FRAME in tensors:
+        _change_signs(content, tensors[_SHIFT_OF_FRAME], slice(None))
     target.write_bytes(content)
 
 
 def _write_volume(source: Path, target: Path) -> None:
     content, tensors = _read_weights(source)
-    first = [tensor for name, tensor in tensors.items() if _FREQUENCY_LAYERS.fullmatch(name)]
+    last = [tensor for name, tensor in tensors.items() if _COMPLEX_LAYERS.fullmatch(name)]
     if _VOXELS in tensors:
         voxels = tensors[_VOXELS]
         _mirror_voxels(content, voxels.start_in_bytes, voxels.shape, voxels.bytes_per_number)
-    elif not first:
+    elif not last:
         raise InputError(f"{source}: not a volume of this program; run reconstruct again")
-    for tensor in first:
-        _change_signs(content, tensor, _Z_OF_FREQUENCY)
+    for tensor in last:
+        _change_signs(content, tensor, _IMAGINARY_PART)
     target.write_bytes(content)
 
 
-def _change_signs(content: bytearray, tensor: _StoredTensor, which: tuple[list[int] | slice | int, ...]) -> None:
-    """Change the sign bits of the numbers at an index of a tensor, in place, so that zeros come back as well."""
+def _change_signs(content: bytearray, tensor: _StoredTensor, rows: slice) -> None:
+    """Change the sign bits of the numbers in some rows of a tensor, in place, so that zeros come back as well."""
     n_bytes = int(np.prod(tensor.shape)) * tensor.bytes_per_number
     numbers: NDArray[np.uint8] = np.frombuffer(content, np.uint8, n_bytes, tensor.start_in_bytes)
     # The last byte of a number stands last, and the sign is its highest bit.
-    numbers.reshape(*tensor.shape, tensor.bytes_per_number)[..., -1][which] ^= 0x80
+    numbers.reshape(*tensor.shape, tensor.bytes_per_number)[..., -1][rows] ^= 0x80
 
 
 def _read_weights(path: Path) -> tuple[bytearray, dict[str, _StoredTensor]]:

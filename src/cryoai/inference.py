@@ -10,6 +10,7 @@ probability, and the lead over the next answer.
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from cryoai.alignment import FrameChange
 from cryoai.bootstrap import BootstrapSchedule, Reference
 from cryoai.confidence import RIGHT_IN_DEGREES, Confidence
 from cryoai.encoder import EncoderArchitecture, PoseEncoder
@@ -38,9 +40,10 @@ from cryoai.noise import NoiseSpectrum
 from cryoai.optics import Optics
 from cryoai.particle_stack import Fault, ParticleStack
 from cryoai.particles import ParticleBatch, Quarantine, stream_particles
-from cryoai.poses import Poses, angular_distance_in_degrees, assign_poses, blank_poses
+from cryoai.poses import Poses, assign_poses, blank_poses
 from cryoai.runs import RunFolder
 from cryoai.search import Templates, search_poses
+from cryoai.symmetry.groups import PointGroup, symmetric_distance_in_degrees
 from cryoai.volumes import SampledVolume, VoxelVolume
 
 __all__ = [
@@ -92,6 +95,10 @@ class TrainedEncoder:
         Of its synthetic particles, in each axis.
     fit_centre, fit_spread
         Median and deviation of the fit of its particles at their final poses; 0 and 1 if map and noise were exact.
+    frame
+        What brings its poses to the frame of the map; see :class:`~cryoai.model.CryoAI`.
+    group
+        Under which poses count as equal, in the frame of the map.
     """
 
     architecture: EncoderArchitecture
@@ -107,12 +114,16 @@ class TrainedEncoder:
     shift_std_in_angstroms: float
     fit_centre: float
     fit_spread: float
+    frame: FrameChange
+    group: PointGroup
 
     def save(self, path: Path) -> None:
         """Write everything to one safetensors file."""
         tensors = {f"encoder.{name}": value for name, value in self.weights.items()}
         tensors |= {f"optics.{name}": value for name, value in vars(self.optics).items()}
         tensors |= {"noise": self.noise.variance, "residual_noise": self.residual_noise.variance}
+        tensors |= {"frame.rotation": self.frame.rotation, "frame.shift": self.frame.shift}
+        tensors["symmetry_operators"] = self.group.operators
         about = {
             "architecture": asdict(self.architecture),
             "input": self.input,
@@ -123,6 +134,7 @@ class TrainedEncoder:
             "shift_std_in_angstroms": self.shift_std_in_angstroms,
             "fit_centre": self.fit_centre,
             "fit_spread": self.fit_spread,
+            "symmetry": self.group.name,
         }
         with atomic_path(path) as temporary:
             safetensors.torch.save_file(
@@ -134,6 +146,8 @@ class TrainedEncoder:
     @classmethod
     def load(cls, path: Path) -> TrainedEncoder:
         """Read a file of :meth:`save`.
+
+        Those of earlier versions say nothing of frame and symmetry: there was neither.
 
         Raises
         ------
@@ -152,6 +166,8 @@ class TrainedEncoder:
                 noise=NoiseSpectrum(tensors["noise"]),
                 residual_noise=NoiseSpectrum(tensors["residual_noise"]),
                 optics=Optics(**_with_prefix(tensors, "optics.")),
+                frame=_frame_in(tensors),
+                group=PointGroup(about.pop("symmetry", "C1"), tensors.get("symmetry_operators", torch.eye(3)[None])),
                 **about,
             )
         except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -166,6 +182,11 @@ class TrainedEncoder:
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _frame_in(tensors: dict[str, Tensor]) -> FrameChange:
+    rotation, shift = tensors.get("frame.rotation", torch.eye(3)), tensors.get("frame.shift", torch.zeros(3))
+    return FrameChange(rotation, mirrored=False, shift=shift)
 
 
 # ------------------------------------------------------------------------------ prediction
@@ -215,6 +236,7 @@ class PosePredictor:
         density = torch.from_numpy(read_map(run.map).density).to(device)
         reference = Reference(density, trained.max_radius, trained.noise).at_box(trained.n_pixels)
         model = CryoAI(trained.build(disc), VoxelVolume(reference.density), imaging, encoder_inputs[trained.input])
+        model = model.to(device).moved(trained.frame)
         blank = Confidence(torch.zeros(0), torch.zeros(0), _WORST_FITS)
         volume = reference.sampled()
         extent = trained.n_pixels * trained.pixel_size_in_angstroms
@@ -230,14 +252,15 @@ class PosePredictor:
 
     def _place(self, batch: ParticleBatch, fit_centre: float, fit_spread: float) -> Placing:
         noise, imaging = self._on_device(self.trained.noise), self.model.imaging
-        placing = self.model.place(batch, self.volume, noise, self.n_iterations)
+        place = functools.partial(
+            self.model.place, volume=self.volume, noise=noise, n_iterations=self.n_iterations, group=self.trained.group
+        )
+        placing = place(batch)
         misfits = placing.fit < fit_centre + _MISFIT * fit_spread
         if self.templates is not None and bool(misfits.any()):
             left = batch[misfits]
             found = search_poses(left, self.templates, imaging, noise.precision(imaging), _SEARCHED).poses
-            placing = placing.replaced(
-                misfits, self.model.place(left, self.volume, noise, self.n_iterations, others=found)
-            )
+            placing = placing.replaced(misfits, place(left, others=found))
         return replace(placing, fit=(placing.fit - fit_centre) / fit_spread)
 
     def infer(
@@ -309,7 +332,7 @@ class PosePredictor:
             noise = torch.view_as_complex(torch.randn(*clean.shape, 2, generator=generator)).to(device)
             # Of these map and noise are exact.
             placing = self._place(ParticleBatch(rows, clean + deviation * noise, optics), 0.0, 1.0)
-            distance = angular_distance_in_degrees(placing.poses.rotations, truth.rotations)
+            distance = symmetric_distance_in_degrees(placing.poses.rotations, truth.rotations, self.trained.group)
             placings.append(placing)
             right.append(distance < RIGHT_IN_DEGREES)
         return Placing.cat(placings), torch.cat(right)

@@ -8,14 +8,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from cryoai.alignment import FrameChange
 from cryoai.encoder import PoseEncoder
 from cryoai.hardware import fast_matrices
 from cryoai.imaging import ImagingModel
 from cryoai.losses import best_hypothesis
 from cryoai.noise import NoiseSpectrum, fit_z_scores, log_likelihood
 from cryoai.particles import ParticleBatch
-from cryoai.poses import Hypotheses, Poses, angular_distance_in_degrees
+from cryoai.poses import Hypotheses, Poses
 from cryoai.refinement import refine_coarse_to_fine, refine_poses
+from cryoai.symmetry.groups import PointGroup, symmetric_distance_in_degrees
 from cryoai.volumes import AbstractVolume, SampledVolume
 
 __all__ = ["CryoAI", "EncoderInput", "Placing", "Reading", "matched_filter", "unfiltered"]
@@ -53,6 +55,7 @@ _JUDGED = 4
 # The same where each is refined first: what is rough by itself may be the best then.
 _REFINED = 8
 _LARGEST_LEAD = 50.0
+_NO_SYMMETRY = PointGroup.named("C1")
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,9 +69,9 @@ class Placing:
     fit : (B,)
         :func:`~cryoai.noise.fit_z_scores` of the image and its prediction.
     probability : (B,)
-        That the encoder gives to this answer: the sum over all hypotheses within 20° of it.
+        That the encoder gives to this answer: the sum over all hypotheses within 20° of it or of an equivalent pose.
     lead : (B,)
-        Log-likelihood by which it is ahead of the best different answer, at most 50.
+        Log-likelihood by which it is ahead of the best different answer, at most 50. Equivalent poses are one answer.
     """
 
     poses: Poses
@@ -108,6 +111,9 @@ class Placing:
 class CryoAI(nn.Module):
     """Encoder, volume and image formation.
 
+    What the model proposes is in the frame that it learnt in, which is that of its volume. The maps of the run may
+    be in another one by then: :meth:`place` brings the proposals there, by ``frame``.
+
     Parameters
     ----------
     imaging
@@ -128,6 +134,25 @@ class CryoAI(nn.Module):
         self.volume = volume
         self.imaging = imaging
         self.encoder_input = encoder_input
+        self.register_buffer("frame_rotation", torch.eye(3))
+        self.register_buffer("frame_shift", torch.zeros(3))
+        self.frame_rotation: Tensor
+        self.frame_shift: Tensor
+
+    @property
+    def frame(self) -> FrameChange:
+        """What brings the encoder's poses to the frame of the maps; its shift in Å."""
+        return FrameChange(self.frame_rotation, mirrored=False, shift=self.frame_shift)
+
+    def moved(self, change: FrameChange) -> CryoAI:
+        """The same encoder and volume, for maps whose frame is changed once more, by a turn and a shift in Å."""
+        if change.mirrored:
+            raise ValueError("an encoder cannot be brought to the other hand by a frame")
+        moved = CryoAI(self.encoder, self.volume, self.imaging, self.encoder_input)
+        turn = change.rotation.to(self.frame_rotation)
+        moved.frame_rotation = turn @ self.frame_rotation
+        moved.frame_shift = turn @ self.frame_shift + change.shift.to(self.frame_shift)
+        return moved.train(self.training)
 
     def encode(self, batch: ParticleBatch, precision: Tensor) -> Hypotheses:
         """Hypotheses (B, M) for the images as they are."""
@@ -164,22 +189,25 @@ class CryoAI(nn.Module):
         noise: NoiseSpectrum,
         n_iterations: int,
         others: Poses | None = None,
+        group: PointGroup = _NO_SYMMETRY,
     ) -> Placing:
         """The likeliest under ``volume`` of the encoder's most probable hypotheses, and of ``others`` (B, K).
 
+        Volume and poses are in the frame of the maps, and ``group`` is the symmetry that they have there.
         With ``n_iterations`` each of these is first refined locally at half of the band limit, where a
         likelihood is broad enough to judge a rough pose by, and the best then at all of it.
         """
-        everything = self.propose(batch, noise.precision(self.imaging))
+        proposed = self.propose(batch, noise.precision(self.imaging))
+        everything = replace(proposed, poses=self.frame.of_poses(proposed.poses))
         judged = everything.likeliest(_REFINED if n_iterations else _JUDGED).poses
         if others is not None:
             judged = judged.beside(others)
         if n_iterations:
             judged = _refined_hypotheses(batch, judged, volume, self._half_band(), noise, n_iterations)
-        poses, lead = self._best(batch, judged, volume, noise)
+        poses, lead = self._best(batch, judged, volume, noise, group)
         if n_iterations:
             poses = refine_coarse_to_fine(batch, poses, volume, self.imaging, noise, n_iterations).poses
-        near = angular_distance_in_degrees(everything.poses.rotations, poses.rotations[:, None])
+        near = symmetric_distance_in_degrees(everything.poses.rotations, poses.rotations[:, None], group)
         predicted = self.imaging.predict(volume, poses, batch.optics)
         observed = batch.coefficients[:, : self.imaging.n_coefficients]
         return Placing(
@@ -190,7 +218,12 @@ class CryoAI(nn.Module):
         )
 
     def _best(
-        self, batch: ParticleBatch, hypotheses: Poses, volume: SampledVolume, noise: NoiseSpectrum
+        self,
+        batch: ParticleBatch,
+        hypotheses: Poses,
+        volume: SampledVolume,
+        noise: NoiseSpectrum,
+        group: PointGroup,
     ) -> tuple[Poses, Tensor]:
         """The likeliest (B,) of hypotheses (B, K), and its lead (B,) over the best different one."""
         observed = batch.coefficients[:, : self.imaging.n_coefficients]
@@ -198,7 +231,7 @@ class CryoAI(nn.Module):
         scores = log_likelihood(observed[:, None], predicted, noise.precision(self.imaging))
         best, choice = scores.max(dim=1)
         poses = hypotheses.take(choice[:, None])
-        distance = angular_distance_in_degrees(hypotheses.rotations, poses.rotations)
+        distance = symmetric_distance_in_degrees(hypotheses.rotations, poses.rotations, group)
         runner_up = torch.where(distance >= _DIFFERENT_IN_DEGREES, scores, -torch.inf).amax(dim=1)
         return poses[:, 0], (best - runner_up).clamp(max=_LARGEST_LEAD)
 

@@ -5,6 +5,7 @@ That is what makes an exported file right: a wrong sign, a wrong unit or images 
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -22,6 +23,8 @@ from cryoai.particles import ParticleBatch, Quarantine, stream_particles
 from cryoai.poses import Poses
 from cryoai.reconstruction import HalfSets
 from cryoai.runs import RunFolder
+from cryoai.symmetry.averaging import symmetrized_half_sets
+from cryoai.symmetry.groups import PointGroup
 from cryoai.validation.correlation import correlate_half_maps
 
 __all__ = ["ReadBack", "read_back"]
@@ -82,7 +85,7 @@ def read_back(
     Raises
     ------
     InputError
-        If the file has no poses, no image can be used, or a map of the run is not there.
+        If the file has no poses, no image can be used, or a map or the settings of the run are not there.
     """
     known = _Maps.of_run(run, device)
     n_all = stack.n_particles
@@ -109,11 +112,12 @@ def read_back(
 
 @dataclass(frozen=True, eq=False)
 class _Maps:
-    """The maps of a run."""
+    """The maps of a run, and the symmetry that they were given."""
 
     map: Tensor
     halves: HalfMaps
     extent_in_angstroms: float
+    group: PointGroup
 
     @classmethod
     def of_run(cls, run: RunFolder, device: torch.device | str) -> _Maps:
@@ -123,12 +127,23 @@ class _Maps:
         density, first, second, mask = (torch.from_numpy(one.density).to(device) for one in stored)
         pixel_size = stored[0].pixel_size_in_angstroms
         halves = HalfMaps(first, second, mask, correlate_half_maps(first, second, mask, pixel_size, seed=0))
-        return cls(density, halves, len(density) * pixel_size)
+        return cls(density, halves, len(density) * pixel_size, _group_of(run))
 
     def worst_fsc(self, first: Tensor, second: Tensor, n_shells: int) -> float:
         """The lowest correlation of two maps (n, n, n) inside the mask, in shells 1 to ``n_shells``."""
         mask = self.halves.mask
         return float(fourier_shell_correlation(first * mask, second * mask)[1 : n_shells + 1].min())
+
+
+def _group_of(run: RunFolder) -> PointGroup:
+    """The group that the settings of a run ask for; those of earlier versions did not know of any."""
+    try:
+        symmetry = tomllib.loads(run.settings.read_text(encoding="utf-8")).get("symmetry", "C1")
+    except FileNotFoundError:
+        raise InputError(f"{run.settings}: no such file; restore the file that the run wrote") from None
+    except ValueError as error:
+        raise InputError(f"{run.settings}: not as a run writes it ({error}); restore the file") from None
+    return PointGroup.named(str(symmetry))
 
 
 @torch.no_grad()
@@ -148,7 +163,7 @@ def _reconstructed(stack: ParticleStack, poses: Poses, known: _Maps, sign: int) 
         scaled = ParticleBatch(batch.indices, batch.coefficients, optics)
         sums.sums[0].add(scaled, poses[rows].to(device), imaging, precision)
         n_used += len(batch)
-    return known.halves.combined(sums), n_used
+    return known.halves.combined(symmetrized_half_sets(sums, known.group)), n_used
 
 
 def _contrast_scales(stack: ParticleStack, known: _Maps, disc: FourierDisc) -> Tensor:

@@ -22,7 +22,9 @@ _FOUND_AGAIN = 0.5
 # So many deviations worse than particles of the map do, the run's own may fit it.
 _MISFIT = -2.0
 _FEWEST_SHELLS = 4
-_SURE, _FEW_SURE = 0.5, 0.5
+_FEW_SURE = 0.5
+# Of fewer sure poses nothing can be made, of hardly any there is no map.
+_ENOUGH_SURE, _HARDLY_ANY = 0.2, 0.05
 _VERY_ANISOTROPIC = 0.2
 
 
@@ -52,6 +54,8 @@ class Evidence:
         Of a map that none was imposed on.
     poses_were_given
         From elsewhere: nothing was found from nothing, once or twice.
+    given_halves_are_new
+        Half sets were drawn anew for poses that may come from one map of all particles.
     """
 
     starts_agree: bool | None
@@ -71,6 +75,7 @@ class Evidence:
     symmetry_asked: str | None = None
     symmetry_share: float | None = None
     poses_were_given: bool = False
+    given_halves_are_new: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,13 @@ def _doubts(evidence: Evidence) -> Iterator[Doubt]:
 
 
 def _doubts_of_starts(evidence: Evidence) -> Iterator[Doubt]:
+    if evidence.given_halves_are_new:
+        yield Doubt(
+            "the half sets were drawn anew, so that the given poses may come from one map of both halves, and what "
+            "that had of noise is in both",
+            "give a file with the half sets that the poses were found in",
+            is_fatal=False,
+        )
     if evidence.poses_were_given:
         return
     if evidence.starts_agree is None:
@@ -143,7 +155,7 @@ def _doubts_of_starts(evidence: Evidence) -> Iterator[Doubt]:
     if not evidence.halves_are_independent:
         yield Doubt(
             "both halves of the particles began with one map, so that their agreement says less",
-            "with 2,000 particles or more, and the stages bootstrap and refinement, each half finds its own",
+            "with 1,200 particles or more, and the stages bootstrap and refinement, each half finds its own",
             is_fatal=False,
         )
 
@@ -170,11 +182,14 @@ def _doubts_of_fit(evidence: Evidence) -> Iterator[Doubt]:
             is_fatal=False,
         )
     if evidence.sure is not None and evidence.sure < _FEW_SURE:
+        enough = evidence.sure >= _ENOUGH_SURE
+        advice = "export those with --keep-confident 0.5 and go on with them" if enough else "take more particles"
+        if evidence.poses_were_given:
+            advice = f"{advice}, or find all poses with cryoai reconstruct"
         yield Doubt(
             f"only {evidence.sure:.0%} of the poses are more likely right than wrong",
-            "export those with --keep-confident 0.5 and go on with them"
-            + (", or find all of them with cryoai reconstruct" if evidence.poses_were_given else ""),
-            is_fatal=False,
+            advice,
+            is_fatal=evidence.sure < _HARDLY_ANY and again is not None and again < _HARDLY_ANY,
         )
 
 
@@ -219,6 +234,12 @@ def _doubts_of_map(evidence: Evidence) -> Iterator[Doubt]:
 
 
 def _doubts_of_symmetry(evidence: Evidence) -> Iterator[Doubt]:
+    if evidence.symmetry_asked is not None and evidence.symmetry_share is None:
+        yield Doubt(
+            f"{evidence.symmetry_asked} was imposed, and before too little was seen of the map to say whether it obeys",
+            "run without --symmetry and see which groups are named",
+            is_fatal=False,
+        )
     if evidence.symmetry_share is not None and evidence.symmetry_share < 0.9:
         yield Doubt(
             f"before {evidence.symmetry_asked} was imposed, only {evidence.symmetry_share:.0%} of the signal obeyed it",

@@ -77,6 +77,7 @@ def build_stage(
             particles,
             half_set,
             schedule,
+            PointGroup.named(settings.symmetry),
             n_starts=settings.bootstrap.n_starts,
             max_starts=settings.bootstrap.max_starts,
             max_images=settings.bootstrap.max_images,
@@ -87,8 +88,9 @@ def build_stage(
     if name == "amortized":
         return _build_amortized(particles, estimate, settings, generator)
     if name == "placement":
-        trials = _placement_trials(particles, settings)
-        return Placement(particles, estimate, half_set, trials, n_iterations=settings.placement.n_iterations)
+        trials, group = _placement_trials(particles, settings), PointGroup.named(settings.symmetry)
+        n_iterations = settings.placement.n_iterations
+        return Placement(particles, estimate, half_set, trials, group, n_iterations=n_iterations)
     return Refinement(
         particles,
         estimate,
@@ -213,6 +215,7 @@ def build_rehearsal_of_refinement(
         replace(estimate, reference=Reference(half_maps.combined(half_sets), radius, noise)),
         particles,
         trial_poses(particles, schedule, placement.n_rotations),
+        PointGroup.named(settings.symmetry),
         n_placement_iterations=placement.n_iterations,
         n_iterations=settings.n_iterations,
     )
@@ -225,6 +228,7 @@ def _build_posing(particles: PreparedParticles, estimate: Estimate, settings: Se
         estimate,
         particles,
         _placement_trials(particles, settings),
+        PointGroup.named(settings.symmetry),
         n_placement_iterations=settings.placement.n_iterations,
         # Without Refinement no pose is refined against a half map, here neither.
         n_iterations=settings.refinement.n_iterations if "refinement" in settings.stages else 0,
@@ -296,16 +300,24 @@ def _encoder_architecture(particles: PreparedParticles, chosen: AmortizedSetting
 def _build_volume(particles: PreparedParticles, chosen: AmortizedSettings) -> AbstractVolume:
     n = particles.n_pixels
     pilot = particles.batch(torch.arange(min(1000, particles.n_particles)), chosen.max_radius).coefficients
-    scale = float(pilot.abs().square().mean().sqrt())
+    scale = float(pilot[pilot.isfinite().all(1)].abs().square().mean().sqrt())
     if chosen.volume == "voxels":
         return VoxelVolume(1e-3 * scale * torch.randn(n, n, n), sampling_oversampling=chosen.volume_oversampling)
     return FourierNetVolume(n, width=chosen.volume_width, scale=scale, sampling_oversampling=chosen.volume_oversampling)
 
 
 def build_trained_encoder(
-    particles: PreparedParticles, estimate: Estimate, density: Tensor, poses: Poses, settings: Settings
+    particles: PreparedParticles,
+    estimate: Estimate,
+    density: Tensor,
+    poses: Poses,
+    group: PointGroup,
+    settings: Settings,
 ) -> TrainedEncoder:
-    """The encoder, and what the final map (n, n, n) and poses (K,) say of the particles that it learned from."""
+    """The encoder, and what the final map (n, n, n) and poses (K,) say of the particles that it learned from.
+
+    ``group`` is the one under which poses count as equal, with its axes where the map has them.
+    """
     model, reference, chosen = estimate.model, estimate.reference, settings.amortized
     assert model is not None
     assert reference is not None
@@ -333,4 +345,6 @@ def build_trained_encoder(
         fit_centre=float(centre),
         # Of a normal distribution the median deviation is 0.6745 standard deviations.
         fit_spread=max(float((fit - centre).abs().median()) / 0.6745, 1e-3),
+        frame=model.frame,
+        group=group,
     )

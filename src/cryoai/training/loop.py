@@ -96,8 +96,8 @@ def carry_on(stack: ParticleStack, session: Session, settings: Settings, box: in
         say_faults(course.estimate.faults, session)
     asked, faults = PointGroup.named(settings.symmetry), [*particles.faults, *course.estimate.faults]
     findings = examine_result(course.estimate, stack, faults, pixel_size, asked, session.monitor)
+    group = findings.group_of_map(asked)
     if course.estimate.noise is not None:
-        group = findings.group_of_map(asked)
         course.carry_out(lambda e: build_rehearsal(particles, kept, e, half_set, group, settings, folder, generator))
     estimate = course.estimate
     result = conclude(
@@ -111,7 +111,7 @@ def carry_on(stack: ParticleStack, session: Session, settings: Settings, box: in
         symmetry_asked=None if settings.symmetry == "C1" else settings.symmetry,
     )
     if estimate.model is not None:
-        trained = build_trained_encoder(particles, estimate, result.map, result.poses[kept], settings)
+        trained = build_trained_encoder(particles, estimate, result.map, result.poses[kept], group, settings)
         trained.save(folder.encoder_weights)
         _save_weights(estimate.model.volume, folder.volume_weights)
     finish(result, stack, particles, estimate, half_set, session.monitor)

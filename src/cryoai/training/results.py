@@ -69,8 +69,8 @@ class Reconstruction:
     confidence
         (N,), the probability that a pose is within 10° of the right one; None without Refinement.
     halves_are_independent
-        False where no Refinement was run: the poses then come from one common map, half maps agree
-        whatever it is, and their agreement is no resolution.
+        False where no Refinement was run, or half sets were drawn anew for given poses: the poses then come from
+        one common map, half maps agree whatever it is, and their agreement is no resolution.
     halves_began_apart
         Whether each half found its first map by itself, from nothing.
     given_poses
@@ -155,6 +155,7 @@ def conclude(
         symmetry_asked=symmetry_asked,
         symmetry_share=symmetry_share,
         poses_were_given=given_poses is not None,
+        given_halves_are_new=given_poses is not None and given_poses.half_sets == "new",
     )
     return Reconstruction(
         verdict=judge(evidence),
@@ -163,7 +164,7 @@ def conclude(
         poses=placed.poses.to("cpu"),
         confidence=confidence,
         pixel_size_in_angstroms=pixel_size_in_angstroms,
-        halves_are_independent=estimate.noise is not None,
+        halves_are_independent=estimate.noise is not None and not evidence.given_halves_are_new,
         halves_began_apart=began_apart,
         start_agreement=agreement,
         sources=_pose_sources(placed, len(faults), given_poses),

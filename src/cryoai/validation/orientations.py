@@ -18,7 +18,7 @@ _CAP = math.cos(math.radians(20))
 _AROUND_A_PEAK = math.cos(math.radians(30))
 _APART = math.cos(math.radians(40))
 _DENSE_SHARE = 0.1
-_PREFERRED, _COLLAPSED = 0.3, 0.15
+_PREFERRED, _COLLAPSED = 0.3, 0.05
 _MOST_PEAKS = 4
 _PEAK_RATIO, _PEAK_IN_DEVIATIONS = 2.0, 5.0
 _CHUNK = 16384
@@ -34,12 +34,12 @@ class OrientationDistribution:
     """How viewing directions are spread over the sphere.
 
     A viewing direction is that of the beam in the frame of the particle, ``R (0, 0, 1)``; turns in the plane of the
-    image do not matter. Of symmetric molecules, pass every symmetry-related rotation.
+    image do not matter.
 
     Attributes
     ----------
     n_particles
-        How many rotations there were.
+        How many views there were.
     cells : (500, 3)
         Directions (x, y, z) of the middles of cells of equal area, a Fibonacci spiral.
     counts : (500,)
@@ -75,8 +75,10 @@ class OrientationDistribution:
         return self.effective_share < _COLLAPSED
 
 
-def orientation_distribution(rotations: Tensor) -> OrientationDistribution:
+def orientation_distribution(rotations: Tensor, operators: Tensor | None = None) -> OrientationDistribution:
     """Judge the rotations (N, 3, 3) of particles, which map image coordinates to the particle.
+
+    Of symmetric molecules every view counts as often as there are ``operators`` (G, 3, 3), as all that they make of it.
 
     Raises
     ------
@@ -94,10 +96,12 @@ def orientation_distribution(rotations: Tensor) -> OrientationDistribution:
     if n < 4:
         raise ValueError(f"a distribution of orientations needs at least 4 particles, got {n}")
     cells = _fibonacci_sphere(_CELLS, rotations.device)
+    operators = torch.eye(3)[None] if operators is None else operators
+    # The mates of a particle are all in one half: they know of each other.
     views = rotations[:, :, 2].to(cells)
-    nearest = torch.cat([(part @ cells.T).argmax(1) for part in views.split(_CHUNK)])
-    halves = [torch.bincount(nearest[start::2], minlength=_CELLS) for start in (0, 1)]
+    halves = [_counts(views[start::2], operators.to(cells), cells) for start in (0, 1)]
     counts = halves[0] + halves[1]
+    n *= len(operators)
     pairs = (counts.double() * (counts - 1)).sum() / (n * (n - 1))
     near = (cells @ cells.T > _CAP).double()
     densest = [
@@ -112,6 +116,15 @@ def orientation_distribution(rotations: Tensor) -> OrientationDistribution:
         densest_tenth_share=sum(densest) / 2,
         peaks=_peaks(cells, counts.double(), near),
     )
+
+
+def _counts(views: Tensor, operators: Tensor, cells: Tensor) -> Tensor:
+    """Of what the operators (G, 3, 3) make of the views (N, 3), how many (C,) are nearest to each cell (C, 3)."""
+    counts = torch.zeros(len(cells), dtype=torch.long, device=cells.device)
+    for part in views.split(max(1, _CHUNK // len(operators))):
+        mates = torch.einsum("gij,nj->gni", operators, part).flatten(0, 1)
+        counts += torch.bincount((mates @ cells.T).argmax(1), minlength=len(cells))
+    return counts
 
 
 def _fibonacci_sphere(n: int, device: torch.device, *, part: float = 1.0) -> Tensor:

@@ -42,6 +42,8 @@ _ALIGNMENT: dict[str, tuple[str, int, float]] = {
     "class": ("<u4", 1, 0),
     "class_ess": ("<f4", 1, 1),
 }
+# Single precision tells no two defoci apart that differ by less.
+_ROUNDING_IN_ANGSTROMS = 1e-3
 _SLOTS = ("blob", "ctf", "alignments2D", "alignments3D", "location", "pick_stats")
 
 
@@ -55,7 +57,9 @@ def rewrite_cryosparc(
     passthrough: Sequence[Path] = (),
     folder: Path | None = None,
 ) -> None:
-    """Write the dataset of a table again with these poses; uids and all else stay as they were read.
+    """Write the dataset of a table again with these poses, and the table's defocus where it is another one.
+
+    Uids and all else stay as they were read.
 
     Fields of the passthrough files are written too, so that the new dataset is complete. Of the rows, those of the
     table are written, in its order.
@@ -82,6 +86,11 @@ def rewrite_cryosparc(
     new = _alignment(table, poses, half_set, confidence)
     if half_set is None and "alignments3D/split" in fields:
         new["alignments3D/split"] = data.column("alignments3D/split")[table.rows]
+    for name, defocus in (
+        ("ctf/df1_A", table.defocus_u_in_angstroms),
+        ("ctf/df2_A", table.defocus_v_in_angstroms),
+    ):
+        new[name] = _changed(data.column(name)[table.rows], defocus)
     for name, kind in fields.items():
         if name.startswith("alignments3D/"):
             # Nothing stays of the old alignment that could be taken for part of the new one.
@@ -197,6 +206,11 @@ def _alignment(
     if confidence is not None:
         columns["alignments3D/class_posterior"][:] = confidence
     return columns
+
+
+def _changed(stored: NDArray[Any], values: FloatColumn) -> NDArray[Any]:
+    """Stored numbers (N,), replaced where the values (N,) are others and not only written with fewer digits."""
+    return np.where(np.abs(stored - values) > _ROUNDING_IN_ANGSTROMS, values, stored).astype(stored.dtype)
 
 
 def _uids(images: ImageReferences) -> NDArray[np.uint64]:

@@ -32,6 +32,7 @@ class AxesMetrics:
 class Axes:
     """Finds the axes of a point group in the map, and turns maps and poses so that they are where they belong.
 
+    An encoder that has learnt already stays as it is; what it proposes is brought to the new frame.
     Done twice: with the map of Bootstrap, so that the encoder learns in the frame of the group, and
     once more, finer, before Refinement begins to impose it.
     """
@@ -97,6 +98,7 @@ class Axes:
             half_references=None
             if old.half_references is None
             else (turned(old.half_references[0]), turned(old.half_references[1])),
+            model=None if old.model is None else old.model.moved(frame),
         )
         if old.particles is None:
             return estimate

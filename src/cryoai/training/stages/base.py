@@ -39,6 +39,8 @@ __all__ = [
 _CHUNK = 256
 # Starts from noise agree on next to no pose, two that found the structure on most.
 _ALIKE = 0.5
+# Maps of noise share 0.2 to 0.3 beyond chance, and wrong ones that share more agree on a few per cent of the poses.
+_SOME, _NEARLY_ALIKE = 0.15, 0.85
 
 
 class Metrics(Protocol):
@@ -115,7 +117,8 @@ class StartAgreement:
     @property
     def is_one_structure(self) -> bool:
         """Whether both found the same."""
-        return self.poses > _ALIKE
+        # Of maps that share more symmetry than is known of them few poses agree, and the maps all the more.
+        return self.poses > _ALIKE or (self.poses > _SOME and self.maps > _NEARLY_ALIKE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,8 +130,8 @@ class Controls:
     n_images
         Of each kind.
     noise_only, shuffled_poses : (n // 2 + 1,)
-        Fourier shell correlation within the mask of half maps from images of noise, and from images of the run whose
-        poses were interchanged.
+        Fourier shell correlation within the mask of half maps from as many images of noise as there are particles, as
+        estimated from fewer, and from images of the run whose poses were interchanged.
     confidence
         From the fit of an image to the probability that its pose is right.
     found_of_synthetic

@@ -13,6 +13,8 @@ from cryoai.poses import Poses, assign_poses, blank_poses, selected_poses
 from cryoai.reconstruction import HalfSets
 from cryoai.refinement import refine_coarse_to_fine
 from cryoai.search import TrialPoses
+from cryoai.symmetry.averaging import symmetrized_half_sets
+from cryoai.symmetry.groups import PointGroup
 from cryoai.training.stages.base import Estimate, ParticlePoses, chunks_of_halves
 from cryoai.training.stages.placement import Placement, PlacementState
 from cryoai.volumes import SampledVolume
@@ -22,7 +24,7 @@ __all__ = ["BlockPosing", "BlockRefinementState", "PosedBlock", "Posing", "fit_t
 
 @dataclass(frozen=True, eq=False)
 class PosedBlock:
-    """What came of a block: its table of poses (B,), and its half sets at them."""
+    """What came of a block: its table of poses (B,), and its half sets at them, with the symmetry."""
 
     particles: ParticlePoses
     half_sets: HalfSets
@@ -39,6 +41,8 @@ class BlockPosing:
         Those that it is of; says how they were prepared.
     trials
         Poses to search; None to rely on the encoder.
+    group
+        The symmetry that the half maps were given.
     n_placement_iterations, n_iterations
         Local refinement steps; see the stages Placement and Refinement.
     """
@@ -48,6 +52,7 @@ class BlockPosing:
         estimate: Estimate,
         particles: PreparedParticles,
         trials: TrialPoses | None,
+        group: PointGroup,
         *,
         n_placement_iterations: int,
         n_iterations: int,
@@ -55,6 +60,7 @@ class BlockPosing:
         if estimate.half_sets is None or estimate.half_maps is None or estimate.reference is None:
             raise ValueError("only a run with half maps can pose further particles")
         self.trials = trials
+        self.group = group
         self.noise = estimate.noise
         self.n_placement_iterations = n_placement_iterations
         self.n_iterations = n_iterations
@@ -70,7 +76,8 @@ class BlockPosing:
 
     def begin(self, block: PreparedParticles, half_set: Tensor) -> Posing:
         """The work on a block of particles (B,) of given half sets (B,)."""
-        placement = Placement(block, self.start, half_set, self.trials, n_iterations=self.n_placement_iterations)
+        n_iterations = self.n_placement_iterations
+        placement = Placement(block, self.start, half_set, self.trials, self.group, n_iterations=n_iterations)
         noise = self.noise or block.power(torch.arange(block.n_particles), block.disc.max_radius)
         return Posing(placement, self.volumes, noise, self.band_limit, self.n_iterations)
 
@@ -138,7 +145,8 @@ class Posing:
         """What came of the block."""
         assert self.refined is not None
         found = self.refined
-        return PosedBlock(replace(found.placed, poses=found.poses, fit=found.fit), found.half_sets)
+        half_sets = symmetrized_half_sets(found.half_sets, self.placement.group)
+        return PosedBlock(replace(found.placed, poses=found.poses, fit=found.fit), half_sets)
 
     def state(self) -> PlacementState | BlockRefinementState:
         """All that has changed since the work began; see :class:`~cryoai.training.stages.base.Stage`."""

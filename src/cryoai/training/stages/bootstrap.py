@@ -20,7 +20,7 @@ from cryoai.bootstrap import (
 from cryoai.fourier import fourier_shell_correlation, soft_sphere
 from cryoai.particles import PreparedParticles
 from cryoai.search import Candidates
-from cryoai.symmetry.detection import find_symmetry
+from cryoai.symmetry.detection import find_symmetry, place_symmetry
 from cryoai.symmetry.groups import PointGroup, symmetric_distance_in_degrees
 from cryoai.training.stages.base import Estimate, StartAgreement
 
@@ -78,7 +78,7 @@ class _Pair:
     agreement: StartAgreement
 
     @classmethod
-    def of(cls, first: _Start, second: _Start, pixel_size_in_angstroms: float) -> _Pair:
+    def of(cls, first: _Start, second: _Start, pixel_size_in_angstroms: float, asked: PointGroup) -> _Pair:
         if second.log_likelihood > first.log_likelihood:
             first, second = second, first
         a, b = first.reference.density, second.reference.density
@@ -88,7 +88,7 @@ class _Pair:
         in_angstroms = replace(change, shift=change.shift * pixel_size_in_angstroms)
         there = in_angstroms.of_poses(second.held_out.poses[:, 0])
         maps = float(_excess_correlation(a, moved)[_FIRST_SHELL : radius + 1].clamp_min(0).mean())
-        group = _likely_group(a, moved) if maps > _SIMILAR else PointGroup.named("C1").to(a.device)
+        group = _group_of_both(a, moved, asked) if maps > _SIMILAR else PointGroup.named("C1").to(a.device)
         distance = symmetric_distance_in_degrees(there.rotations, first.held_out.poses[:, 0].rotations, group)
         agreement = StartAgreement(
             poses=float((distance < _ALIKE_IN_DEGREES).float().mean()),
@@ -124,6 +124,8 @@ class Bootstrap:
     ----------
     half_set : (N,) int
         0 or 1 for every particle.
+    group
+        Symmetry of the molecule, as far as it is known: poses that it makes equal count as equal.
     n_starts, max_starts
         Starts that are always made, and starts at most: more are made while no two agree, each of three times
         the steps, because what short starts miss is mostly found by longer ones.
@@ -138,6 +140,7 @@ class Bootstrap:
         particles: PreparedParticles,
         half_set: Tensor,
         schedule: BootstrapSchedule,
+        group: PointGroup,
         *,
         n_starts: int,
         max_starts: int,
@@ -146,6 +149,7 @@ class Bootstrap:
     ) -> None:
         self.particles = particles.cropped(search_box(schedule.last_radius, particles.n_pixels))
         self.schedule = schedule
+        self.group = group
         self.max_starts = max_starts
         self.generator = generator
         self.n_starts = self.n_planned = n_starts
@@ -184,7 +188,11 @@ class Bootstrap:
         best = self._best_pair()
         if best is None or len(self.subsets) == 1:
             likeliest = max(self.ended, key=lambda start: start.log_likelihood)
-            return Estimate(reference=likeliest.reference, start_agreement=None if best is None else best.agreement)
+            if best is None:
+                return Estimate(reference=likeliest.reference)
+            # What two have found is more than what one finds likely.
+            found = best.first if best.agreement.is_one_structure else likeliest
+            return Estimate(reference=found.reference, start_agreement=best.agreement)
         return Estimate(
             reference=best.first.reference,
             half_references=best.half_references(),
@@ -224,15 +232,18 @@ class Bootstrap:
         """Compare a start with those before it that know nothing of it, and join it to them."""
         partners = [other for other in self.ended if len(self.subsets) == 1 or other.half != start.half]
         pixel_size = self.particles.pixel_size_in_angstroms
-        self.pairs += [_Pair.of(other, start, pixel_size) for other in partners]
+        self.pairs += [_Pair.of(other, start, pixel_size, self.group) for other in partners]
         self.ended.append(start)
 
     def _best_pair(self) -> _Pair | None:
         return max(self.pairs, key=lambda pair: pair.agreement.poses + pair.agreement.maps, default=None)
 
 
-def _likely_group(first: Tensor, second: Tensor) -> PointGroup:
-    """The symmetry of what two maps have in common, in their frame; C1 if there is none."""
+def _group_of_both(first: Tensor, second: Tensor, asked: PointGroup) -> PointGroup:
+    """The symmetry of what two maps have in common, in their frame: the one asked for, or found; else C1."""
+    if len(asked) > 1:
+        placed = place_symmetry(first, second, asked)
+        return PointGroup.named("C1").to(first.device) if placed is None else placed.group_of_map
     likely = next((candidate for candidate in find_symmetry(first, second) if candidate.is_likely), None)
     if likely is None:
         return PointGroup.named("C1").to(first.device)

@@ -13,10 +13,11 @@ from cryoai.imaging import ImagingModel
 from cryoai.model import CryoAI
 from cryoai.noise import Fit, NoiseSpectrum, fit_z_scores
 from cryoai.particles import ParticleBatch, PreparedParticles
-from cryoai.poses import Poses, angular_distance_in_degrees, assign_poses, blank_poses
+from cryoai.poses import Poses, assign_poses, blank_poses
 from cryoai.reconstruction import HalfSets
 from cryoai.refinement import RefinedPoses, refine_coarse_to_fine
 from cryoai.search import Templates, TrialPoses, search_poses
+from cryoai.symmetry.groups import PointGroup, symmetric_distance_in_degrees
 from cryoai.training.stages.base import Estimate, ParticlePoses, chunks_of_halves, reliable_from
 from cryoai.volumes import SampledVolume
 
@@ -74,6 +75,8 @@ class Placement:
         0 or 1 for every particle.
     trials
         Poses to search; None to rely on the encoder.
+    group
+        Under which poses count as the same answer.
     n_iterations
         Steps of local refinement of each proposal at each of three band limits; 0 for none.
     """
@@ -86,6 +89,7 @@ class Placement:
         estimate: Estimate,
         half_set: Tensor,
         trials: TrialPoses | None,
+        group: PointGroup,
         *,
         n_iterations: int,
     ) -> None:
@@ -97,6 +101,7 @@ class Placement:
         self.max_radius = min(reference.max_radius for reference in references)
         self.n_iterations = n_iterations
         self.half_set = half_set
+        self.group = group.to(particles.disc.device)
         self.chunks = _spread(chunks_of_halves(half_set))
         self.n_chunks_done = 0
         self.n_placed = 0
@@ -204,7 +209,7 @@ class Placement:
     def _compare(self, index: Tensor, encoded: RefinedPoses, searched: RefinedPoses) -> None:
         """Write down for the particles ``index`` which source was right."""
         likelier = searched.log_likelihoods > encoded.log_likelihoods
-        distance = angular_distance_in_degrees(encoded.poses.rotations, searched.poses.rotations)
+        distance = symmetric_distance_in_degrees(encoded.poses.rotations, searched.poses.rotations, self.group)
         self.searched[index] = True
         self.sources_agree[index] = distance < _SAME_ANSWER_IN_DEGREES
         self.missed[index] = likelier & (distance >= _SAME_ANSWER_IN_DEGREES)

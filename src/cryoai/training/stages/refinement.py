@@ -194,7 +194,10 @@ class Refinement:
         self.round = replace(
             before,
             number=number,
-            band_limit=before.band_limit if ends else max(band_limit, before.band_limit),
+            # At the end as far as the maps go, which is how far any other image will be compared with them.
+            band_limit=self._next_band_limit(half_maps, self.task.full.max_radius)
+            if ends
+            else max(band_limit, before.band_limit),
             half_sets=half_sets,
             half_maps=half_maps,
             noise=NoiseSpectrum(found.power_left / particles.n_particles),

@@ -17,6 +17,7 @@ from cryoai.fourier import fourier_shell_correlation
 from cryoai.particles import PreparedParticles
 from cryoai.poses import Poses
 from cryoai.reconstruction import HalfSets
+from cryoai.symmetry.averaging import symmetrized_half_sets
 from cryoai.symmetry.groups import PointGroup, symmetric_distance_in_degrees
 from cryoai.training.stages.base import Controls, Estimate, chunks_of_halves
 from cryoai.training.stages.blocks import BlockPosing, PosedBlock
@@ -135,7 +136,7 @@ class Rehearsal:
         fit_of_noise = noise.particles.fit.z_scores
         self.controls = Controls(
             n_images=n,
-            noise_only=self._correlation(noise.half_sets),
+            noise_only=_of_more(self._correlation(noise.half_sets), self._n_posed / n),
             shuffled_poses=self._correlation(self._shuffled(rows)),
             confidence=Confidence.learn(features_of_fit(found), found.z_scores, right, worst=_WORST_FITS),
             found_of_synthetic=float(right.float().mean()),
@@ -192,8 +193,22 @@ class Rehearsal:
             index = rows[chunk]
             others = self.poses[index.roll(1).to(self.poses.rotations.device)]
             sets.sums[int(self.half_set[index[0]])].add(self.particles.batch(index), others, imaging, precision)
-        return sets
+        return symmetrized_half_sets(sets, self.posing.group)
+
+    @property
+    def _n_posed(self) -> int:
+        return int((~self.fit_of_all.isnan()).sum())
 
     def _correlation(self, sets: HalfSets) -> Tensor:
         first, second = (density * self.mask for density in sets.solved())
         return fourier_shell_correlation(first, second).float()
+
+
+def _of_more(correlation: Tensor, times: float) -> Tensor:
+    """What a correlation (n,) of half maps is when there are so many times as many images.
+
+    What they have in common adds up, noise averages out (Rosenthal & Henderson 2003): a ratio of signal to noise
+    ``F / (1 - F)`` grows with their number. Applied to what images of noise have from the map that they were laid over.
+    """
+    positive = correlation.clamp_min(0)
+    return torch.where(correlation > 0, times * positive / (1 + (times - 1) * positive), correlation)
