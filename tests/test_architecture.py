@@ -28,7 +28,7 @@ WITH_NAMES = sorted(
 
 
 # The commands that train.
-COMMANDS = {f"cryoai.commands.{name}" for name in ("checking", "refining", "running", "simulating")}
+COMMANDS = {f"cryoai.commands.{name}" for name in ("checking", "preparing", "refining", "running", "simulating")}
 
 
 def tree(path):

@@ -14,6 +14,7 @@ from cryoai.commands.checking import check
 from cryoai.commands.comparing import compare_results, flip_hand_of_run
 from cryoai.commands.exporting import export
 from cryoai.commands.judging import evaluate, info
+from cryoai.commands.preparing import prepare_images
 from cryoai.commands.refining import refine_particles
 from cryoai.commands.running import infer, reconstruct_particles, resume_run
 from cryoai.commands.simulating import demo, simulate_particles
@@ -40,6 +41,7 @@ _VERBS: dict[str, Callable[..., int | None]] = {
     "demo": demo,
     "simulate": simulate_particles,
     "check": check,
+    "prepare": prepare_images,
     "reconstruct": reconstruct_particles,
     "refine": refine_particles,
     "resume": resume_run,

@@ -31,6 +31,8 @@ from cryoai.working_box import commonest_image
 __all__ = ["Fault", "ParticleSource", "ParticleStack"]
 
 _OPEN_FILES = 64
+# What was read through memory maps counts as memory of this process until they are closed.
+_MAPPED_BYTES = 2**28
 # Images that are looked at to see whether they are the same.
 _N_FINGERPRINTED = 64
 
@@ -85,6 +87,7 @@ class ParticleStack:
         self.source = source or ParticleSource(table.path)
         self._stacks = stacks
         self._open: OrderedDict[int, np.memmap] = OrderedDict()
+        self._n_bytes_read = 0
 
     @classmethod
     def open(
@@ -183,6 +186,17 @@ class ParticleStack:
             digest.update(self.stored_images(row[None]).numpy().data)
         return digest.hexdigest()
 
+    def fingerprint_of_images(self) -> str:
+        """Of all that their coefficients and optics depend on, poses and half sets aside.
+
+        Another one, too, once a stack was written again, whatever is in it now.
+        """
+        table = replace(self.table, poses=None, half_set=None)
+        digest = hashlib.sha256(ParticleStack(table, self._stacks, self.source).fingerprint().encode())
+        for stack in np.unique(table.images.stack):
+            digest.update(repr(file_fingerprint(self._stacks[stack].path)).encode())
+        return digest.hexdigest()
+
     @property
     def image_sizes(self) -> NDArray[np.int64]:
         """Side (N,) of each particle's image in pixels."""
@@ -266,6 +280,10 @@ class ParticleStack:
         for stack in np.unique(stack_of):
             here = np.flatnonzero((stack_of == stack) & (place < self._stacks[stack].n_whole))
             result[here] = self._map(int(stack))[place[here]]
+        self._n_bytes_read += result.nbytes
+        if self._n_bytes_read > _MAPPED_BYTES:
+            self._open.clear()
+            self._n_bytes_read = 0
         return torch.from_numpy(result)
 
     def fault(self, index: int, image: Tensor) -> Fault:
@@ -282,7 +300,20 @@ class ParticleStack:
             reason = "is constant"
         elif float(image.abs().max()) >= LARGEST_VALUE:
             reason = "has values beyond all measure"
-        return Fault(int(self.table.rows[index]), f"{number + 1}@{stack.path}", reason)
+        return Fault(int(self.table.rows[index]), self._name(references.stack[index], number), reason)
+
+    def named_anew(self, faults: Sequence[Fault]) -> tuple[Fault, ...]:
+        """Faults of particles of this stack with their images named as they are found now."""
+        rows, references = self.table.rows, self.table.images
+        order = np.argsort(rows)
+        indices = order[np.searchsorted(rows[order], np.array([fault.row for fault in faults], dtype=np.int64))]
+        return tuple(
+            replace(fault, image=self._name(references.stack[index], references.index[index]))
+            for fault, index in zip(faults, indices, strict=True)
+        )
+
+    def _name(self, stack: int, number: int) -> str:
+        return f"{number + 1}@{self._stacks[stack].path}"
 
     @cached_property
     def _commonest_image(self) -> tuple[float, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -175,25 +176,24 @@ def prepare_particles(
     disc = FourierDisc.of_box(n_pixels, device=device)
     extent = stack.pixel_size_in_angstroms * stack.n_pixels
     optics, boxes = _common_extent(stack, n_pixels, extent)
-    shape = (stack.n_particles, disc.n_coefficients(), 2)
-    reserve(path, 2 * math.prod(shape))
-    rows = np.memmap(path, dtype=np.float16, mode="r+", shape=shape)
+    reserve(path, 4 * stack.n_particles * disc.n_coefficients())
     power = PowerOfGroups(stack.optics_group, disc)
     blob_correlations, usable, faults = [], [], Quarantine(stack, max_faulty_share)
-    n_done = 0
-    for indices in torch.arange(stack.n_particles).split(_CHUNK):
-        part = faults.sift(_normalised_coefficients(stack, indices, boxes, disc))
-        here = optics[part.indices].to(device)
-        blob_correlations.append(correlate_with_blob(part.coefficients, here, disc))
-        power.add(part.indices, part.coefficients, here)
-        limit = float(np.finfo(np.float16).max)
-        halves = torch.view_as_real(part.coefficients).clamp(-limit, limit).half()
-        rows[n_done : n_done + len(part.indices)] = halves.cpu().numpy()
-        usable.append(part.indices)
-        n_done += len(part.indices)
-        progress(int(indices[-1]) + 1)
+    # Written and not mapped: pages of a map would count as memory of this process.
+    with path.open("r+b") as file:
+        for indices in torch.arange(stack.n_particles).split(_CHUNK):
+            part = faults.sift(_normalised_coefficients(stack, indices, boxes, disc))
+            here = optics[part.indices].to(device)
+            blob_correlations.append(correlate_with_blob(part.coefficients, here, disc))
+            power.add(part.indices, part.coefficients, here)
+            limit = float(np.finfo(np.float16).max)
+            halves = torch.view_as_real(part.coefficients).clamp(-limit, limit).half()
+            file.write(halves.cpu().numpy().data)
+            usable.append(part.indices)
+            progress(int(indices[-1]) + 1)
+        file.flush()
+        os.fsync(file.fileno())
     contrast = decide_sign(torch.cat(blob_correlations), sign)
-    rows.flush()
     stack_rows = torch.cat(usable)
     return PreparedParticles(
         path,

@@ -38,6 +38,7 @@ def check_particles(
     max_faulty_share: float = 0.02,
     sign: int | None = None,
     run_dir: str | Path = ".",
+    cache: Path | None = None,
     progress: Callable[[int, int], object] = lambda _done, _total: None,
 ) -> CheckReport:
     """Find every fault of a particle set.
@@ -55,6 +56,8 @@ def check_particles(
         made from, share of the images that may be set aside, and contrast (+1 bright, -1 dark, None to be decided).
     run_dir
         Where the run will write.
+    cache
+        Folder outside it that will hold the images at the working box, if the run is given one.
     progress
         Called with the number of images read and of all to read.
     """
@@ -90,7 +93,7 @@ def check_particles(
         boxes = np.where(has_ctf, found.boxes, 0)
         findings += judge_delocalisation(table, boxes, box, found.commonest_box * pixel_size)
         findings += _judge_box(path, box, found.commonest_box)
-        need = estimate_need(len(table), box, max_particles)
+        need = estimate_need(len(table), box, max_particles, cache)
         findings += judge_need(need, Path(run_dir), box)
     return CheckReport(path, tuple(findings), _measurements(found, seen, signal, need, box, pixel_size))
 

@@ -40,18 +40,20 @@ class Need:
     n_cores: int
 
 
-def estimate_need(n_particles: int, working_box: int, max_particles: int) -> Need:
+def estimate_need(n_particles: int, working_box: int, max_particles: int, cache: Path | None = None) -> Need:
     """Roughly: the space of prepared images is exact, the other two follow measured runs.
 
     Time is ``220 s + (9.5 ms a particle that the map is made from + 3.8 ms a particle beyond max_particles)
     (box / 64)^2`` on one core, and is taken to be inverse to the number of cores. Memory is
-    ``1 GB + 5 kB a particle + 400 B (box^3 - 64^3)``.
+    ``1 GB + 5 kB a particle + 400 B (box^3 - 64^3)``. With a ``cache`` the images that the map is made from are there,
+    perhaps already, and not in the folder of the run.
     """
     first = min(n_particles, max_particles)
     later = n_particles - first
     coefficients = FourierDisc.of_box(working_box).n_coefficients()
     # Particles beyond the first come in blocks as large as the first.
-    scratch = _BYTES_OF_A_COEFFICIENT * coefficients * (first + min(later, max_particles))
+    n_stored = min(later, max_particles) + (first if cache is None else 0)
+    scratch = _BYTES_OF_A_COEFFICIENT * coefficients * n_stored
     voxels = working_box**3
     by_particle = _SECONDS_OF_A_PARTICLE * first + _SECONDS_OF_A_LATER_PARTICLE * later
     n_cores = torch.get_num_threads()

@@ -98,6 +98,7 @@ def check_before_run(table: ParticleTable, run_dir: Path, settings: Settings, *,
         max_faulty_share=settings.max_faulty_share,
         sign=_SIGNS[settings.contrast],
         run_dir=run_dir,
+        cache=settings.cache,
     )
     if not report.ok:
         raise InputError(report.complaint)

@@ -49,6 +49,7 @@ def refine_particles(
     of_check = Settings(
         box=settings.box,
         contrast=settings.contrast,
+        cache=settings.cache,
         max_faulty_share=settings.max_faulty_share,
         max_particles=max(len(table), 100),
     )

@@ -126,7 +126,10 @@ def _decoded(code: Any, tensors: dict[str, Tensor], device: torch.device) -> Any
         return tuple(_decoded(item, tensors, device) for item in code["tuple"])
     if "dict" in code:
         return {_decoded(key, tensors, device): _decoded(item, tensors, device) for key, item in code["dict"]}
-    return _dataclass(code)(**{name: _decoded(item, tensors, device) for name, item in code["fields"].items()})
+    kind, fields = _dataclass(code), code["fields"]
+    if set(fields) != {field.name for field in dataclasses.fields(kind)}:
+        raise DamagedSnapshotError(f"{kind.__qualname__}: written by a version of cryoai where it had other parts")
+    return kind(**{name: _decoded(item, tensors, device) for name, item in fields.items()})
 
 
 def _dataclass(code: dict[str, Any]) -> type[Any]:

@@ -28,9 +28,9 @@ from cryoai.training.results import Reconstruction, conclude
 from cryoai.training.session import Session, new_run, work_on
 from cryoai.training.settings import Settings
 from cryoai.training.steps import (
+    Drawn,
     choose_box,
     contrast_is_clear,
-    draw_halves,
     examine_result,
     finish,
     prepare,
@@ -70,21 +70,19 @@ def reconstruct(particles: ParticleStack, run: str | Path, settings: Settings | 
 
 def carry_on(stack: ParticleStack, session: Session, settings: Settings, box: int) -> Reconstruction:
     """Reconstruct from the beginning, or from the checkpoint that the session goes on from."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    # All that is drawn is drawn for the images and not for the rows, so that the order of the rows changes nothing.
-    order = stack.order_of_images()
-    half_set = draw_halves(order, generator)
-    chosen = _chosen_particles(order, settings.max_particles, generator)
+    drawn = Drawn.of(stack, settings.seed, settings.max_particles)
+    half_set, chosen, generator = drawn.half_set, drawn.chosen, drawn.generator
     particles = prepare(
         stack,
         chosen,
         session,
         box,
+        cache=settings.cache,
         contrast=settings.contrast,
         max_faulty_share=settings.max_faulty_share,
         search=torch.Generator().manual_seed(settings.seed) if "bootstrap" in settings.stages else None,
     )
-    kept, left = chosen[particles.stack_rows], _rest(order, chosen)
+    kept, left = chosen[particles.stack_rows], _rest(drawn.order, chosen)
     folder, pixel_size = session.folder, particles.pixel_size_in_angstroms
     course = Course(session, generator, lambda: build_model(particles, settings))
     for name in stage_names(settings):
@@ -132,13 +130,6 @@ def working_box(particles: ParticleStack, settings: Settings) -> int:
             f"setting amortized.box: {settings.amortized.box} pixels for a working box of {box}; give at most that"
         )
     return box
-
-
-def _chosen_particles(order: Tensor, at_most: int, generator: torch.Generator) -> Tensor:
-    """Rows that map and encoder are made from, as in ``order`` (N,): all, or as many as allowed, drawn at random."""
-    if len(order) <= at_most:
-        return order
-    return order[torch.randperm(len(order), generator=generator)[:at_most].sort().values]
 
 
 def _rest(order: Tensor, chosen: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ _INSIDE_A_MASK = 0.5
 # So many images are looked at with their own poses and with those of others.
 _N_COMPARED = 4000
 _BATCH = 256
-# Of poses that have nothing to do with the images three in a hundred thousand are above.
+# Of files whose poses have nothing to do with the images three in ten thousand are above.
 _LEAST_Z_SCORE = 4.0
 # Shells that a symmetry is told by.
 _FEWEST_SHELLS, _MOST_SHELLS = 5, 32
@@ -86,8 +86,6 @@ def refine(particles: ParticleStack, run: str | Path, settings: RefineSettings |
             f"{particles.table.path}: no poses to refine ({needed}); give a file with poses, or find them with "
             "cryoai reconstruct"
         )
-    if settings.mask is not None:
-        settings = settings.model_copy(update={"mask": settings.mask.absolute()})
     given = GivenInput.of(particles, settings)
     device = choose_device(settings.device)
     with new_run(Path(run)) as folder:
@@ -111,6 +109,7 @@ def carry_on_refining(
         order,
         session,
         given.box,
+        cache=settings.cache,
         contrast=settings.contrast,
         max_faulty_share=settings.max_faulty_share,
         search=torch.Generator().manual_seed(settings.seed),

@@ -37,6 +37,8 @@ def _canonical(symmetry: str) -> str:
 
 
 Symmetry = Annotated[str, AfterValidator(_canonical)]
+# A run that goes on may do so from another working folder.
+AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
 
 
 class _Frozen(BaseModel):
@@ -140,7 +142,8 @@ class _OfEveryRun(_Frozen):
     """Images that are missing, not finite or constant are set aside; if more than this share is, the run stops."""
     contrast: Literal["auto", "bright", "dark"] = "auto"
     """Whether protein is bright or dark in the images; auto decides it from them."""
-
+    cache: AbsolutePath | None = None
+    """Folder that keeps the images at the working box for all runs on the same particles. See cryoai prepare."""
     checkpoint_seconds: Annotated[float, Field(ge=0, le=86400)] = 60.0
     """Work between two checkpoints, at least: with cryoai resume a stopped run loses no more than that."""
 
@@ -219,7 +222,7 @@ class RefineSettings(_OfEveryRun):
 
     symmetry: Symmetry = "C1"
     """Point group of the molecule, Cn, Dn, T, O or I, with its axes where RELION has them."""
-    mask: Path | None = None
+    mask: AbsolutePath | None = None
     """Map that is 1 inside the molecule and 0 outside, at the box of the images or the working box. Default: found."""
     half_sets: Literal["file", "new"] | None = None
     """Those of the file, or new ones drawn at random. Default: those of the file where it has usable ones."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -15,10 +16,10 @@ from cryoai.contrast import ContrastSign
 from cryoai.errors import InputError
 from cryoai.findings import MapFindings, examine
 from cryoai.formats.snapshots import DamagedSnapshotError, read_snapshot, write_snapshot
+from cryoai.image_cache import CachedImages
 from cryoai.limits import FEWEST_PARTICLES
 from cryoai.particle_stack import Fault, ParticleStack
 from cryoai.particles import PreparedParticles, prepare_particles
-from cryoai.runs import RunFolder
 from cryoai.symmetry.groups import PointGroup
 from cryoai.training.monitor import Monitor
 from cryoai.training.results import Reconstruction
@@ -29,6 +30,7 @@ from cryoai.working_box import default_working_box
 
 __all__ = [
     "Contrast",
+    "Drawn",
     "choose_box",
     "contrast_is_clear",
     "draw_halves",
@@ -70,17 +72,50 @@ def draw_halves(order: Tensor, generator: torch.Generator) -> Tensor:
     return half_set
 
 
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """What is drawn when a run begins.
+
+    Attributes
+    ----------
+    order : (N,)
+        Rows in the order of their images. All is drawn along it, so that the order of the rows changes nothing.
+    half_set : (N,)
+        0 or 1, of every row.
+    chosen : (M,)
+        Rows that map and encoder are made from, as in ``order``.
+    generator
+        All further random numbers.
+    """
+
+    order: Tensor
+    half_set: Tensor
+    chosen: Tensor
+    generator: torch.Generator
+
+    @classmethod
+    def of(cls, stack: ParticleStack, seed: int, max_particles: int) -> Drawn:
+        """At most ``max_particles`` are chosen; where there are no more than that, all."""
+        order, generator = stack.order_of_images(), torch.Generator().manual_seed(seed)
+        half_set = draw_halves(order, generator)
+        if len(order) <= max_particles:
+            return cls(order, half_set, order, generator)
+        some = torch.randperm(len(order), generator=generator)[:max_particles].sort().values
+        return cls(order, half_set, order[some], generator)
+
+
 def prepare(
     stack: ParticleStack,
     chosen: Tensor,
     session: Session,
     box: int,
     *,
+    cache: Path | None,
     contrast: Contrast,
     max_faulty_share: float,
     search: torch.Generator | None,
 ) -> PreparedParticles:
-    """The particles of rows ``chosen`` (B,) at the working box.
+    """The particles of rows ``chosen`` (B,) at the working box, kept in the folder of the run or in a ``cache``.
 
     Where the statistics of the images leave a doubt about their contrast, both signs are tried if there is a source
     of randomness to ``search`` with.
@@ -98,17 +133,22 @@ def prepare(
         if session.is_to_stop:
             raise session.stopped()
 
-    particles = _prepared_before(folder, session.device)
+    particles = _prepared_before(session, cache)
     if particles is None:
-        particles = prepare_particles(
-            stack.take(chosen),
-            box,
-            folder.prepared_images,
-            sign=_SIGNS[contrast],
-            device=session.device,
-            max_faulty_share=max_faulty_share,
-            progress=advance,
-        )
+        wanted = stack.take(chosen)
+        if cache is None:
+            particles = prepare_particles(
+                wanted,
+                box,
+                folder.prepared_images,
+                device=session.device,
+                max_faulty_share=max_faulty_share,
+                progress=advance,
+            )
+        else:
+            place = CachedImages.place(cache, wanted, box, max_faulty_share=max_faulty_share, device=session.device)
+            particles = _from_cache(place, monitor, advance)
+        particles = replace(particles, contrast=particles.contrast.stated(_SIGNS[contrast]))
         if search is not None and not contrast_is_clear(particles, contrast):
             particles = replace(particles, contrast=contrast_by_search(particles, search))
         folder.prepared.parent.mkdir(exist_ok=True)
@@ -123,15 +163,28 @@ def prepare(
     return particles
 
 
-def _prepared_before(folder: RunFolder, device: torch.device) -> PreparedParticles | None:
+def _from_cache(place: CachedImages, monitor: Monitor, advance: Callable[[int], None]) -> PreparedParticles:
+    def say(line: str) -> None:
+        monitor.say(f"{'prepare':<10} {line}")
+
+    found = place.find()
+    if found is None:
+        return place.make(progress=advance, say=say)
+    say(f"images at the working box found in {place.path}")
+    return found
+
+
+def _prepared_before(session: Session, cache: Path | None) -> PreparedParticles | None:
     """The particles as they were prepared when the run began, if that is still all there."""
+    folder = session.folder
     try:
-        particles: PreparedParticles = read_snapshot(folder.prepared, device)
-        size = folder.prepared_images.stat().st_size
+        particles: PreparedParticles = read_snapshot(folder.prepared, session.device)
+        # The folder may have been moved.
+        path = folder.prepared_images if cache is None else particles.path
+        size = path.stat().st_size
     except (DamagedSnapshotError, OSError):
         return None
-    # The folder may have been moved.
-    return replace(particles, path=folder.prepared_images) if size == particles.n_bytes else None
+    return replace(particles, path=path) if size == particles.n_bytes else None
 
 
 def contrast_is_clear(particles: PreparedParticles, contrast: Contrast) -> bool:
