@@ -14,10 +14,10 @@ from cryoai.particle_stack import ParticleStack
 from cryoai.particles import PreparedParticles
 from cryoai.simulation import protein_like_phantom, simulate
 from cryoai.training.loop import reconstruct
-from cryoai.training.monitor import Monitor
 from cryoai.training.resuming import resume
 from cryoai.training.settings import Settings
 from cryoai.training.stages import Contest
+from killing import killed_at
 from small_training import N, make_model, make_stage, noisy_images, reference_of, stored
 
 
@@ -353,31 +353,11 @@ QUICK = {
 }
 
 
-class Killed(BaseException):
-    """What no code expects."""
-
-
 @pytest.fixture
 def stack(tmp_path):
     options = {"n_pixels": 32, "pixel_size_in_angstroms": 7.0, "shift_standard_deviation_in_angstroms": 5.0}
     made = simulate(protein_like_phantom(0), tmp_path, n_particles=120, snr=1.0, seed=0, **options)
     return ParticleStack.open(made.particles)
-
-
-def killed_at(step, begin):
-    update, n = Monitor.update, 0
-
-    def count(self, metrics, progress):
-        nonlocal n
-        n += 1
-        if n == step:
-            raise Killed
-        update(self, metrics, progress)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Monitor, "update", count)
-        with pytest.raises(Killed):
-            begin()
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ from cryoai.training.monitor import Monitor
 from cryoai.training.refining import refine
 from cryoai.training.resuming import resume
 from cryoai.training.settings import RefineSettings, Settings
+from killing import killed_at
 from stacks import files_in, particle_columns, refusal, write_images, write_star
 
 N, IMAGE_BOX, BOX = 24, 36, 32
@@ -473,27 +474,6 @@ def test_refine_finds_what_was_prepared_for_reconstruct(simulated, cache, tmp_pa
     found = refine(stack, tmp_path / "found", RefineSettings(**chosen, cache=cache))
     assert "images at the working box found in" in log_of(found)
     check_same_result(found, refine(stack, tmp_path / "alone", RefineSettings(**chosen)))
-
-
-class Killed(BaseException):
-    """What no code expects."""
-
-
-def killed_at(step, begin):
-    """Begin something and kill it at the n-th step of a stage."""
-    update, n = Monitor.update, 0
-
-    def count(self, metrics, progress):
-        nonlocal n
-        n += 1
-        if n == step:
-            raise Killed
-        update(self, metrics, progress)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Monitor, "update", count)
-        with pytest.raises(Killed):
-            begin()
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from cryoai.training.monitor import Monitor
 from cryoai.training.refining import refine
 from cryoai.training.resuming import resume
 from cryoai.training.settings import RefineSettings, Settings
+from killing import killed_at
 from stacks import files_in, refusal
 
 pytestmark = pytest.mark.slow
@@ -47,10 +48,6 @@ QUICK = {
     "placement": {"n_rotations": 600, "n_iterations": 1},
     "refinement": {"max_rounds": 3, "n_iterations": 1},
 }
-
-
-class Killed(BaseException):
-    """What no code expects."""
 
 
 def settings(**changes):
@@ -77,23 +74,6 @@ def never_stopped(stack, tmp_path_factory):
 
 def n_steps_of(result):
     return len(result.run.metrics.read_text().splitlines())
-
-
-def killed_at(step, begin):
-    """Begin something and kill it at the n-th step of a stage."""
-    update, n = Monitor.update, 0
-
-    def count(self, metrics, progress):
-        nonlocal n
-        n += 1
-        if n == step:
-            raise Killed
-        update(self, metrics, progress)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Monitor, "update", count)
-        with pytest.raises(Killed):
-            begin()
 
 
 def check_same(found, whole):
