@@ -63,7 +63,7 @@ def peers_part(report: dict[str, Any], images: Path) -> str:
         "## The same particles through other programs",
         "",
         f"{n:,} simulated particles of {box} px of {pixel:g} Å (`{settings['stack']}`), one program after the other, "
-        f"each with the threads of {settings['n_threads']} cores. {where(report)}",
+        f"each with {settings['n_threads']} thread(s). {where(report)}",
         "",
         "| | time | of ours | within 5° | median error | map, FSC 0.5 | FSC 0.143 |",
         "|---|---|---|---|---|---|---|",
@@ -156,8 +156,8 @@ def robustness_part(report: dict[str, Any], images: Path) -> str:
         f"{size} of `{settings['map']}`, several seeds for each condition. A map is right if its FSC with the truth is "
         f"above 0.5 to {RIGHT_IN_ANGSTROMS:g} Å. {where(report)}",
         "",
-        "| | runs | right maps | verdicts | within 5° | median error | false particles caught | time |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | runs | right maps | verdicts | within 5° | median error | false particles caught |",
+        "|---|---|---|---|---|---|---|",
     ]
     rows = (condition_cells(name, runs) for name in CONDITIONS if (runs := report["runs"].get(name)))
     lines += [f"| {' | '.join(cells)} |" for cells in rows]
@@ -200,7 +200,6 @@ def condition_cells(name: str, runs: list[dict[str, Any]]) -> list[str]:
         f"{median(p['within_5_degrees'] for p in poses):.1%}" if poses else "–",
         f"{median(p['median_rotation_error_in_degrees'] for p in poses):.2f}°" if poses else "–",
         f"{median(caught):.0%}" if caught else "–",
-        minutes(median(run["seconds"] for run in runs)),
     ]
 
 
