@@ -1,6 +1,6 @@
-"""docs/benchmarks.md, with its pictures, from the result files of ``peers.py`` and ``robustness.py``.
+"""docs/benchmarks.md and its pictures, from result files of ``peers.py`` and ``robustness.py`` (hard, small stacks).
 
-    python benchmarks/page.py [--peers RESULT.json] [--robustness RESULT.json] [--out docs]
+    python benchmarks/page.py [--peers RESULT.json] [--robustness RESULT.json] [--honesty RESULT.json] [--out docs]
 
 Nothing on the page is written by hand: to change it, run a benchmark again or change this file. A result file that is
 not there leaves its part of the page out.
@@ -145,11 +145,10 @@ def draw_times(stages: dict[str, Any], path: Path) -> None:
 # ------------------------------------------------------------------------------ hard stacks
 
 
-def robustness_part(report: dict[str, Any], images: Path) -> str:
-    """Hard stacks, and whether the resolution that is reported is true."""
+def robustness_part(report: dict[str, Any], _images: Path) -> str:
+    """Hard stacks: what becomes of them, and what the runs say of it."""
     settings = report["settings"]
     size = f"{settings['n_particles']:,} particles of {settings['box']} px of {settings['pixel_size']:g} Å"
-    found = claims(report)
     lines = [
         "## Hard stacks",
         "",
@@ -163,7 +162,6 @@ def robustness_part(report: dict[str, Any], images: Path) -> str:
     lines += [f"| {' | '.join(cells)} |" for cells in rows]
     everything = [run for runs in report["runs"].values() for run in runs]
     wrong = [run for run in everything if run.get("verdict") == "solved" and not right(run)]
-    draw_claims(found, images / "honest_fsc.png")
     return "\n".join(
         [
             *lines,
@@ -171,10 +169,27 @@ def robustness_part(report: dict[str, Any], images: Path) -> str:
             f"Wrong maps that are called solved: {len(wrong)}. False particles are caught if their confidence is below "
             "what 95 % of the others have.",
             "",
+        ]
+    )
+
+
+# ------------------------------------------------------------------------------ honesty
+
+
+def honesty_part(report: dict[str, Any], images: Path) -> str:
+    """Reported against true resolution, of stacks whose images go further than they resolve."""
+    settings, found = report["settings"], claims(report)
+    size = f"{settings['n_particles']:,} particles of {settings['box']} px of {settings['pixel_size']:g} Å"
+    at_nyquist = sum(claim.true_shell >= settings["box"] // 2 for claim in found)
+    draw_claims(found, images / "honest_fsc.png")
+    return "\n".join(
+        [
             "## Is the resolution true?",
             "",
-            f"{summary_of(found)} Of a wrong map the truth bears out nothing, whatever its half maps say. Filled marks "
-            "are runs that call their map solved.",
+            f"{size} of `{settings['map']}`, several seeds for each condition. {summary_of(found)} {at_nyquist} of the "
+            "maps are right up to the Nyquist limit of their images, where nothing can be told. Of a wrong map the "
+            "truth bears out nothing, whatever its half maps say. Filled marks are runs that call their map solved. "
+            f"{where(report)}",
             "",
             "![Resolution that runs report against the true one](images/honest_fsc.png)",
             "",
@@ -242,11 +257,11 @@ def save(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def write_page(peers: Path, robustness: Path, out: Path) -> Path:
+def write_page(peers: Path, robustness: Path, honesty: Path, out: Path) -> Path:
     """Write the page and its pictures below ``out``."""
     mpl.use("Agg")
     parts = [HEAD]
-    for path, part in ((peers, peers_part), (robustness, robustness_part)):
+    for path, part in ((peers, peers_part), (robustness, robustness_part), (honesty, honesty_part)):
         if path.is_file():
             parts.append(part(json.loads(path.read_text()), out / "images"))
     page = out / "benchmarks.md"
@@ -259,9 +274,10 @@ def main() -> None:
     results = ROOT / "benchmarks" / "results"
     parser.add_argument("--peers", type=Path, default=results / "peers_cpu.json")
     parser.add_argument("--robustness", type=Path, default=results / "robustness_cpu.json")
+    parser.add_argument("--honesty", type=Path, default=results / "honest_fsc_cpu.json")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     given = parser.parse_args()
-    print(write_page(given.peers, given.robustness, given.out))
+    print(write_page(given.peers, given.robustness, given.honesty, given.out))
 
 
 if __name__ == "__main__":

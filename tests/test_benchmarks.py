@@ -454,13 +454,14 @@ def test_the_page_tells_lower_bounds_from_times(tmp_path):
     }
     (tmp_path / "peers.json").write_text(json.dumps(report))
     (tmp_path / "hard.json").write_text(json.dumps(hard_runs()))
-    text = page.write_page(tmp_path / "peers.json", tmp_path / "hard.json", tmp_path / "docs").read_text()
+    hard = tmp_path / "hard.json"
+    text = page.write_page(tmp_path / "peers.json", hard, hard, tmp_path / "docs").read_text()
     assert "| cryoai reconstruct, from nothing (cryoai 1) | 5.0 min | 1 × | 99.7% | 0.49° | 11.0 Å | – |" in text
     assert "| ≥ 60.0 min, 73.2 of 300 steps; in all about 5.6 h | ≥ 12 × | – | – | 11.0 Å | – |" in text
     assert "| SNR 0.03 | 2 | 1 | 1 ambiguous, 1 failed | 50.0% | 0.50° | – |" in text
     assert "| nothing but noise | 1 | – | 1 exit status 1 | – | – | – |" in text
     assert "Wrong maps that are called solved: 0." in text
     assert files_in(tmp_path / "docs" / "images") == ["honest_fsc.png", "peers.png"]
-    only = page.write_page(tmp_path / "absent.json", tmp_path / "hard.json", tmp_path / "docs").read_text()
+    only = page.write_page(tmp_path / "absent.json", hard, tmp_path / "absent.json", tmp_path / "docs").read_text()
     assert "other programs" not in only
     assert "Hard stacks" in only
