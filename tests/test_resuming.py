@@ -246,6 +246,13 @@ def test_what_is_no_stopped_run_is_refused(never_stopped, tmp_path, complaint):
     assert "not the folder of a run" in complaint("resume", tmp_path / "none")
 
 
+def test_a_new_run_is_not_begun_where_one_was_stopped(unfinished, stack, complaint):
+    before = files_in(unfinished)
+    message = complaint("reconstruct", stack.table.path, unfinished)
+    assert f"go on with it: cryoai resume {unfinished}" in message
+    assert files_in(unfinished) == before
+
+
 HOLD = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); print(flush=True); time.sleep(60)"
 
 

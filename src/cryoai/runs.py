@@ -57,8 +57,10 @@ class RunFolder:
         InputError
             If it holds anything already, or cannot be made or written to.
         """
-        make_empty_folder(path)
         run = cls(path)
+        if run.origin.is_file():
+            raise InputError(f"{path}: holds a run that was stopped; go on with it: cryoai resume {path}, or remove it")
+        make_empty_folder(path)
         run.write_text(run.command, shlex.join(sys.argv) + "\n")
         return run
 

@@ -78,6 +78,8 @@ def work_on(folder: RunFolder, device: torch.device, seconds_between_checkpoints
         with Monitor(folder, MonitorState() if begun is None else begun.monitor) as monitor:
             for line in damage:
                 monitor.say(f"checkpoint left out, {line}")
+            if begun is not None:
+                monitor.say(f"{'resume':<10} going on after {begun.monitor.seconds:.0f} s of work")
             try:
                 yield Session(folder, device, monitor, checkpoints, begun, stop)
             except OSError as error:
