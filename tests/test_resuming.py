@@ -50,6 +50,14 @@ QUICK = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _as_often_as_asked():
+    """However slow the disk is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cryoai.training.checkpoints._SHARE_OF_WORK", 0)
+        yield
+
+
 def settings(**changes):
     return Settings.assemble("auto", None, {**QUICK, **changes})
 

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import roma
 import torch
 from torch import Tensor
 
-from cryoai.alignment import FrameChange
+from cryoai.alignment import FrameChange, change_frame
 from cryoai.fourier import fourier_shell_correlation, n_shells_above, resize_map
 from cryoai.poses import rotation_grid
 from cryoai.reconstruction import particle_mask
@@ -35,6 +35,8 @@ __all__ = ["SymmetryCandidate", "adjust_symmetry", "find_symmetry", "place_symme
 _SEARCH_RADIUS, _FINE_RADIUS, _LARGEST_RADIUS = 10, 16, 32
 # With fewer shells any particle is a blob, and a blob has many symmetries.
 _LEAST_RADIUS = 5
+# Radians about x, y and z; no axis of a group then lies along one of the lattice.
+_AWAY = (0.31, -0.47, 0.59)
 # Between neighbouring turns of the search, as a share of 1 / radius: the nearest keeps 0.85 of what the axis does.
 _STEP = 0.7
 # Orientations that are 3° apart. Of a group of G operators one in G is enough.
@@ -156,11 +158,15 @@ def place_symmetry(first: Tensor, second: Tensor, group: PointGroup) -> Symmetry
 @torch.no_grad()
 def adjust_symmetry(first: Tensor, second: Tensor, group: PointGroup) -> SymmetryCandidate | None:
     """As :func:`place_symmetry`, of half maps (n, n, n) whose axes are nearly where they belong."""
-    views = _Views.of(first, second, None)
+    # Turned away from the axes of the lattice: turns about these need no interpolation, which dims all others, so that
+    # axes within a degree of them would be drawn to them.
+    turn = roma.rotvec_to_rotmat(torch.tensor(_AWAY, device=first.device))
+    away = FrameChange(turn, mirrored=False, shift=torch.zeros(3, device=first.device))
+    views = _Views.of(change_frame(first, away), change_frame(second, away), None)
     if views is None:
         return None
-    start = _Placement(torch.eye(3, device=first.device), torch.zeros(3, device=first.device))
-    return views.judged(group, views.refined(start, group))
+    found = views.judged(group, views.refined(_Placement(turn, away.shift), group))
+    return replace(found, frame=replace(found.frame, rotation=found.frame.rotation @ turn))
 
 
 @dataclass(frozen=True, eq=False)
