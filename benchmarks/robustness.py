@@ -247,7 +247,13 @@ def truth_about(out: Path, made: Made, environment: dict[str, str]) -> dict[str,
     subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL, env=environment)
     evaluation = json.loads((out / "evaluation.json").read_text())
     errors = {key: round(x, 4) if isinstance(x, float) else x for key, x in evaluation["poses"].items()}
-    return {"poses": errors, "true_resolution_in_angstroms": evaluation["map"]["resolution_at_fsc_0.5"]}
+    # Like with like: the run reports what its half maps have in common within its mask.
+    within_mask = evaluation.get("map_within_mask", evaluation["map"])
+    return {
+        "poses": errors,
+        "true_resolution_in_angstroms": within_mask["resolution_at_fsc_0.5"],
+        "true_resolution_in_sphere_in_angstroms": evaluation["map"]["resolution_at_fsc_0.5"],
+    }
 
 
 def caught(particles: Path, false: NDArray[np.bool_]) -> dict[str, Any] | None:
