@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -160,12 +161,8 @@ def disk_full(runner: Runner, random_time: Callable[[], float]) -> None:
         runner.end_of(process, random_time())
     except subprocess.TimeoutExpired:
         runner.outcome.stopped_in.append(runner.stage())
-        with ballast.open("wb") as file:
-            try:
-                while True:
-                    file.write(bytes(4096))
-                    file.flush()
-            except OSError:
+        with suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while file.write(bytes(65536)):
                 pass
         runner.end_of(process)
         ballast.unlink(missing_ok=True)
@@ -184,7 +181,7 @@ def disturbed(kind: str, particles: Path, folder: Path, whole: Path, random_time
     """One run, disturbed in one way, and compared with the undisturbed one."""
     folder.mkdir()
     if kind == "disk full":
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", folder], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", folder], check=True)
     try:
         shutil.copytree(particles.parent, folder / "particles")
         runner = Runner(folder / "particles" / particles.name, folder, kind)

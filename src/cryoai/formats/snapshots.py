@@ -7,6 +7,7 @@ everything. Only dataclasses of this package are made again; a file can cause no
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import importlib
 import json
@@ -56,7 +57,10 @@ def write_snapshot(path: Path, value: object) -> None:
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_encoded(value, tensors))
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"tree": tree, "sha256": _checksum(tree, tensors)})
+        try:
+            save_file(tensors, temporary, metadata={"tree": tree, "sha256": _checksum(tree, tensors)})
+        except SafetensorError as error:  # such as a full disk
+            raise OSError(errno.EIO, f"cannot be written ({error})", str(path)) from error
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
 
