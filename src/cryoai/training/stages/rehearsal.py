@@ -35,12 +35,14 @@ _WORST_FITS = 0.005
 
 @dataclass(frozen=True)
 class RehearsalMetrics:
-    """What a step reports."""
+    """What a step reports; NaN for what is known at the end."""
 
     better_than_noise: float
 
     @property
     def headline(self) -> str:
+        if math.isnan(self.better_than_noise):
+            return "posing synthetic particles and images of noise"
         return f"{self.better_than_noise:.0%} of the particles fit better than 95 % of images of noise"
 
 
@@ -111,7 +113,7 @@ class Rehearsal:
     def step(self) -> RehearsalMetrics:
         next(self.work, None)
         self.n_steps += 1
-        return RehearsalMetrics(0.0 if self.controls is None else self.controls.better_than_noise)
+        return RehearsalMetrics(math.nan if self.controls is None else self.controls.better_than_noise)
 
     def result(self) -> Estimate:
         return replace(self.estimate, controls=self.controls)
