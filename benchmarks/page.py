@@ -152,7 +152,7 @@ def robustness_part(report: dict[str, Any], _images: Path) -> str:
     lines = [
         "## Hard stacks",
         "",
-        f"{size} of `{settings['map']}`, several seeds for each condition. A map is right if its FSC with the truth is "
+        f"{size} of `{settings['map']}`, one run a seed. A map is right if its FSC with the truth is "
         f"above 0.5 to {RIGHT_IN_ANGSTROMS:g} Å. {where(report)}",
         "",
         "| | runs | right maps | verdicts | within 5° | median error | false particles caught |",
@@ -186,7 +186,7 @@ def honesty_part(report: dict[str, Any], images: Path) -> str:
         [
             "## Is the resolution true?",
             "",
-            f"{size} of `{settings['map']}`, several seeds for each condition. {summary_of(found)} {at_nyquist} of the "
+            f"{size} of `{settings['map']}`, one run a seed. {summary_of(found)} {at_nyquist} of the "
             "maps are right up to the Nyquist limit of their images, where nothing can be told. Of a wrong map the "
             "truth bears out nothing, whatever its half maps say. Filled marks are runs that call their map solved. "
             f"{where(report)}",
