@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from cryoai.cli import main
 from cryoai.formats.mrc import read_map
@@ -344,6 +345,33 @@ def test_a_full_disk_ends_a_run_in_one_line_and_it_goes_on_when_there_is_room(
         assert main(["resume", str(run)]) == 1
     assert "No space left on device" in capsys.readouterr().err
     check_same(resume(run), never_stopped)
+
+
+def no_room_for_tensors(*_, **__):
+    raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+
+def no_memory(*_):
+    raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes")
+
+
+@pytest.mark.parametrize(
+    ("place", "fault", "named"),
+    [
+        ("cryoai.formats.snapshots.save_file", no_room_for_tensors, "No space left on device"),
+        ("cryoai.training.stages.rounds.refine_poses", no_memory, "memory does not suffice"),
+    ],
+)
+def test_whatever_a_library_calls_it_a_lack_of_room_is_one_line_and_the_run_goes_on(
+    unfinished, never_stopped, monkeypatch, capsys, place, fault, named
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(place, fault)
+        assert main(["resume", str(unfinished)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert named in line
+    assert f"go on with: cryoai resume {unfinished}" in line
+    check_same(resume(unfinished), never_stopped)
 
 
 # ------------------------------------------------------------------------------ snapshots

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cryoai.alignment import FrameChange, align_poses, change_frame
-from cryoai.fourier import fourier_shell_correlation, n_shells_above
+from cryoai.fourier import fourier_shell_correlation
 from cryoai.poses import Poses, angular_distance_in_degrees
 from cryoai.reconstruction import particle_mask
 from cryoai.symmetry.groups import PointGroup, nearest_mates
+from cryoai.validation.shells import period_in_angstroms
 
 __all__ = ["MapErrors", "PoseErrors", "map_errors", "pose_errors", "resolution_in_angstroms", "up_to_symmetry"]
 
@@ -112,5 +112,4 @@ def resolution_in_angstroms(fsc: Tensor, threshold: float, pixel_size_in_angstro
     >>> resolution_in_angstroms(torch.tensor([1.0, 0.9, 0.8, 0.3, 0.6]), 0.5, pixel_size_in_angstroms=2.0)
     8.0
     """
-    last = n_shells_above(fsc, threshold)
-    return 2 * (len(fsc) - 1) * pixel_size_in_angstroms / last if last else math.inf
+    return period_in_angstroms(fsc, threshold, 2 * (len(fsc) - 1) * pixel_size_in_angstroms)

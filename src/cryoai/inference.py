@@ -20,7 +20,6 @@ from typing import Literal
 
 import roma
 import safetensors
-import safetensors.torch
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -31,8 +30,8 @@ from cryoai.bootstrap import BootstrapSchedule, Reference
 from cryoai.confidence import RIGHT_IN_DEGREES, Confidence
 from cryoai.encoder import EncoderArchitecture, PoseEncoder
 from cryoai.errors import InputError
-from cryoai.formats.files import atomic_path
 from cryoai.formats.mrc import read_map
+from cryoai.formats.snapshots import write_tensors
 from cryoai.fourier import FourierDisc
 from cryoai.imaging import ImagingModel
 from cryoai.model import CryoAI, Placing, matched_filter, unfiltered
@@ -136,12 +135,7 @@ class TrainedEncoder:
             "fit_spread": self.fit_spread,
             "symmetry": self.group.name,
         }
-        with atomic_path(path) as temporary:
-            safetensors.torch.save_file(
-                {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
-                temporary,
-                metadata={"cryoai": json.dumps(about)},
-            )
+        write_tensors(path, tensors, {"cryoai": json.dumps(about)})
 
     @classmethod
     def load(cls, path: Path) -> TrainedEncoder:

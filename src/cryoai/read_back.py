@@ -5,7 +5,6 @@ That is what makes an exported file right: a wrong sign, a wrong unit or images 
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -127,23 +126,12 @@ class _Maps:
         density, first, second, mask = (torch.from_numpy(one.density).to(device) for one in stored)
         pixel_size = stored[0].pixel_size_in_angstroms
         halves = HalfMaps(first, second, mask, correlate_half_maps(first, second, mask, pixel_size, seed=0))
-        return cls(density, halves, len(density) * pixel_size, _group_of(run))
+        return cls(density, halves, len(density) * pixel_size, PointGroup.named(run.symmetry))
 
     def worst_fsc(self, first: Tensor, second: Tensor, n_shells: int) -> float:
         """The lowest correlation of two maps (n, n, n) inside the mask, in shells 1 to ``n_shells``."""
         mask = self.halves.mask
         return float(fourier_shell_correlation(first * mask, second * mask)[1 : n_shells + 1].min())
-
-
-def _group_of(run: RunFolder) -> PointGroup:
-    """The group that the settings of a run ask for; those of earlier versions did not know of any."""
-    try:
-        symmetry = tomllib.loads(run.settings.read_text(encoding="utf-8")).get("symmetry", "C1")
-    except FileNotFoundError:
-        raise InputError(f"{run.settings}: no such file; restore the file that the run wrote") from None
-    except ValueError as error:
-        raise InputError(f"{run.settings}: not as a run writes it ({error}); restore the file") from None
-    return PointGroup.named(str(symmetry))
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import math
 import shlex
 import shutil
 import sys
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,8 +120,24 @@ class RunFolder:
 
     @property
     def lock(self) -> Path:
-        """There while a process is at work in the folder."""
+        """Locked while a process is at work in the folder."""
         return self.path / "at_work.lock"
+
+    @property
+    def symmetry(self) -> str:
+        """The point group that the run imposed; those of earlier versions did not know of any.
+
+        Raises
+        ------
+        InputError
+            If the settings of the run cannot be read.
+        """
+        try:
+            return str(tomllib.loads(self.settings.read_text(encoding="utf-8")).get("symmetry", "C1"))
+        except FileNotFoundError:
+            raise InputError(f"{self.settings}: no such file; restore the file that the run wrote") from None
+        except ValueError as error:
+            raise InputError(f"{self.settings}: not as a run writes it ({error}); restore the file") from None
 
     @property
     def log(self) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import tomllib
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -61,12 +60,11 @@ def info() -> None:
 
 def evaluate_run(run: RunFolder, truth: Path, true_map: Path | None, *, as_json: bool = False) -> None:
     """Compare a run with the truth; print it and write it to the run folder."""
-    symmetry = tomllib.loads(run.settings.read_text(encoding="utf-8")).get("symmetry", "C1")
-    final = compare_poses(run.particles, truth, symmetry).errors
+    final = compare_poses(run.particles, truth, run.symmetry).errors
     report: dict[str, Any] = {"poses": _numbers(final)}
     rows = [("final poses", final)]
     if run.encoder_particles.is_file():
-        encoder = compare_poses(run.encoder_particles, truth, symmetry).errors
+        encoder = compare_poses(run.encoder_particles, truth, run.symmetry).errors
         report["encoder_poses"] = _numbers(encoder)
         rows.append(("encoder's own", encoder))
     if true_map is not None:

@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from cryoai.formats.files import atomic_path
 
-__all__ = ["DamagedSnapshotError", "read_snapshot", "write_snapshot"]
+__all__ = ["DamagedSnapshotError", "read_snapshot", "write_snapshot", "write_tensors"]
 
 _PACKAGE = "cryoai."
 _PLAIN = (type(None), bool, int, float, str)
@@ -31,6 +32,25 @@ _PLAIN = (type(None), bool, int, float, str)
 
 class DamagedSnapshotError(ValueError):
     """The file is not what was once written."""
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+    """Write a safetensors file with the metadata ``about``; it is whole on the disk when this returns.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written, such as on a full disk.
+    """
+    # Copied, because two tensors may share memory, which the file cannot hold.
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        try:
+            save_file(plain, temporary, metadata=dict(about) or None)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, f"cannot be written ({error})", str(path)) from error
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def write_snapshot(path: Path, value: object) -> None:
@@ -56,13 +76,7 @@ def write_snapshot(path: Path, value: object) -> None:
     """
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_encoded(value, tensors))
-    with atomic_path(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata={"tree": tree, "sha256": _checksum(tree, tensors)})
-        except SafetensorError as error:  # such as a full disk
-            raise OSError(errno.EIO, f"cannot be written ({error})", str(path)) from error
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+    write_tensors(path, tensors, {"tree": tree, "sha256": _checksum(tree, tensors)})
 
 
 def read_snapshot(path: Path, device: torch.device | str = "cpu") -> Any:
@@ -99,8 +113,7 @@ def _encoded(value: object, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         name, on_device = str(len(tensors)), value.device.type != "cpu"
         plain = torch.view_as_real(value) if value.is_complex() else value
-        # Copied, because two tensors may share memory, which the file cannot hold.
-        tensors[name] = plain.detach().cpu().contiguous().clone()
+        tensors[name] = plain.detach().cpu().contiguous()
         return {"tensor": name, "complex": value.is_complex(), "on_device": on_device}
     if isinstance(value, Path):
         return {"path": str(value)}

@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cryoai.errors import InputError
-from cryoai.formats.files import atomic_path
+from cryoai.formats.snapshots import write_tensors
 from cryoai.hardware import choose_device
 from cryoai.particle_stack import ParticleStack
 from cryoai.symmetry.groups import PointGroup
@@ -111,7 +110,7 @@ def carry_on(stack: ParticleStack, session: Session, settings: Settings, box: in
     if estimate.model is not None:
         trained = build_trained_encoder(particles, estimate, result.map, result.poses[kept], group, settings)
         trained.save(folder.encoder_weights)
-        _save_weights(estimate.model.volume, folder.volume_weights)
+        write_tensors(folder.volume_weights, estimate.model.volume.state_dict(), {})
     finish(result, stack, particles, estimate, half_set, session.monitor)
     return result
 
@@ -137,8 +136,3 @@ def _rest(order: Tensor, chosen: Tensor) -> Tensor:
     left = torch.ones(len(order), dtype=torch.bool)
     left[chosen] = False
     return order[left[order]]
-
-
-def _save_weights(module: nn.Module, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        safetensors.torch.save_file({k: v.contiguous() for k, v in module.state_dict().items()}, temporary)

@@ -45,7 +45,7 @@ class Origin:
         return cls(command, stack.source.absolute(), stack.fingerprint(), settings)
 
     def write(self, run: RunFolder) -> None:
-        """Write it, the settings and a copy of the particle file to the folder of the run."""
+        """Write it, and the settings by themselves, to the folder of the run."""
         source = self.source
         values = {
             "command": self.command,

@@ -34,9 +34,9 @@ from cryoai.training.settings import RefineSettings
 from cryoai.training.stages import Estimate, ParticlePoses
 from cryoai.training.stages.base import half_sets_at
 from cryoai.training.steps import (
+    Drawn,
     choose_box,
     contrast_is_clear,
-    draw_halves,
     examine_result,
     finish,
     prepare,
@@ -99,10 +99,8 @@ def carry_on_refining(
     stack: ParticleStack, session: Session, settings: RefineSettings, given: GivenInput
 ) -> Reconstruction:
     """Refine from the beginning, or from the checkpoint that the session goes on from."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    # All that is drawn is drawn for the images and not for the rows, so that the order of the rows changes nothing.
-    order = stack.order_of_images()
-    drawn = draw_halves(order, generator)
+    drawn = Drawn.of(stack, settings.seed, max_particles=stack.n_particles)
+    order, generator = drawn.order, drawn.generator
     group, folder = PointGroup.named(settings.symmetry), session.folder
     particles = prepare(
         stack,
@@ -115,7 +113,7 @@ def carry_on_refining(
         search=torch.Generator().manual_seed(settings.seed),
     )
     session.monitor.say(f"half sets  {given.why_no_half_set or 'those of the file'}")
-    half_set = drawn if given.half_set is None else given.half_set
+    half_set = drawn.half_set if given.half_set is None else given.half_set
     kept, pixel_size = order[particles.stack_rows], particles.pixel_size_in_angstroms
     mask = None if given.mask is None else given.mask.to(session.device)
     begin, share = _begin(stack, kept, particles, half_set[kept], group, mask, generator, session.monitor)

@@ -16,6 +16,7 @@ from cryoai.interruption import InterruptedRunError, StopRequest
 from cryoai.runs import RunFolder
 from cryoai.training.checkpoints import Checkpoint, Checkpoints
 from cryoai.training.monitor import Monitor, MonitorState
+from cryoai.training.stages.trouble import is_out_of_memory
 
 __all__ = ["Session", "new_run", "work_on"]
 
@@ -85,7 +86,9 @@ def work_on(folder: RunFolder, device: torch.device, seconds_between_checkpoints
             except OSError as error:
                 fault = f"{error.filename or folder.path}: {error.strerror or error}"
                 raise RunFailedError(f"{fault}; mend that, then {_how(folder)}") from error
-            except (MemoryError, torch.OutOfMemoryError) as error:
+            except (MemoryError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                    raise
                 raise RunFailedError(f"memory does not suffice ({error}); free some, then {_how(folder)}") from error
     folder.tidy()
 

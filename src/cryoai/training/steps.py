@@ -33,7 +33,6 @@ __all__ = [
     "Drawn",
     "choose_box",
     "contrast_is_clear",
-    "draw_halves",
     "examine_result",
     "finish",
     "prepare",
@@ -65,7 +64,7 @@ def choose_box(particles: ParticleStack, asked: int | None) -> int:
     return box
 
 
-def draw_halves(order: Tensor, generator: torch.Generator) -> Tensor:
+def _draw_halves(order: Tensor, generator: torch.Generator) -> Tensor:
     """Half set (N,), 0 or 1, of every particle: equal in number, drawn at random along ``order`` (N,)."""
     half_set = torch.zeros(len(order), dtype=torch.long)
     half_set[order[torch.randperm(len(order), generator=generator)[: len(order) // 2]]] = 1
@@ -97,7 +96,7 @@ class Drawn:
     def of(cls, stack: ParticleStack, seed: int, max_particles: int) -> Drawn:
         """At most ``max_particles`` are chosen; where there are no more than that, all."""
         order, generator = stack.order_of_images(), torch.Generator().manual_seed(seed)
-        half_set = draw_halves(order, generator)
+        half_set = _draw_halves(order, generator)
         if len(order) <= max_particles:
             return cls(order, half_set, order, generator)
         some = torch.randperm(len(order), generator=generator)[:max_particles].sort().values

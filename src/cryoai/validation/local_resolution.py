@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cryoai.fourier import shell_mean, shell_sum, shells_of_volume, soft_sphere, transform_map
-from cryoai.validation.shells import scaled_shells
+from cryoai.validation.shells import check_one_size, scaled_shells
 
 __all__ = ["local_resolution"]
 
@@ -40,9 +40,7 @@ def local_resolution(first: Tensor, second: Tensor, mask: Tensor, pixel_size_in_
     ValueError
         If the maps and the mask differ in shape.
     """
-    if not first.shape == second.shape == mask.shape:
-        shapes = ", ".join(str(tuple(array.shape)) for array in (first, second, mask))
-        raise ValueError(f"half maps and mask must be of one size, got {shapes}")
+    check_one_size(first, second, mask)
     n = first.shape[-1]
     width = max(_LEAST_WINDOW_IN_PIXELS, 2 * math.ceil(_WINDOW_IN_ANGSTROMS / pixel_size_in_angstroms / 2))
     width = min(width, n // 2 * 2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cryoai.fourier import n_shells_above, shell_sum, shells_of_volume, transform_map
-from cryoai.validation.shells import period_in_angstroms
+from cryoai.validation.shells import check_one_size, period_in_angstroms
 
 __all__ = ["ConicalCorrelation", "OrientationDistribution", "conical_correlation", "orientation_distribution"]
 
@@ -216,9 +216,7 @@ def conical_correlation(
     ValueError
         If the maps and the mask differ in shape.
     """
-    if not first.shape == second.shape == mask.shape:
-        shapes = ", ".join(str(tuple(array.shape)) for array in (first, second, mask))
-        raise ValueError(f"half maps and mask must be of one size, got {shapes}")
+    check_one_size(first, second, mask)
     n = first.shape[-1]
     n_shells = n // 2 + 1
     shells, weights = shells_of_volume(n, device=first.device)

@@ -9,7 +9,20 @@ from torch import Tensor
 
 from cryoai.fourier import invert_transform, n_shells_above, shells_of_volume, transform_map
 
-__all__ = ["low_passed", "period_in_angstroms", "scaled_shells"]
+__all__ = ["check_one_size", "low_passed", "period_in_angstroms", "scaled_shells"]
+
+
+def check_one_size(first: Tensor, second: Tensor, mask: Tensor) -> None:
+    """See that two half maps and a mask are of one shape.
+
+    Raises
+    ------
+    ValueError
+        If they are not.
+    """
+    if not first.shape == second.shape == mask.shape:
+        shapes = ", ".join(str(tuple(array.shape)) for array in (first, second, mask))
+        raise ValueError(f"half maps and mask must be of one size, got {shapes}")
 
 
 def scaled_shells(density: Tensor, factors: Tensor) -> Tensor:
